@@ -1,0 +1,375 @@
+r"""The curvature of a small model's loss, exactly: Hessian, Gauss-Newton matrix and full Fisher matrix.
+
+Everything here is a dense matrix over *all* trainable parameters, computed from its definition with
+``torch.func``. It is for looking at and for checking the fast methods; :mod:`ewc.fisher` is for real networks.
+
+Conventions: the loss is the *mean* cross-entropy of the softmax over the examples; the model runs in eval mode
+and comes back as it was; parameters are flattened in the order of ``model.named_parameters()``, frozen ones
+left out, and :func:`blocks` says which rows and columns belong to which of them. Shapes: N examples, C classes,
+P parameters.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = [
+    "blocks",
+    "full_fisher",
+    "gauss_newton",
+    "hessian",
+    "jacobian",
+    "residual",
+    "score_columns",
+    "softmax_fisher",
+    "vector",
+]
+
+MAX_BYTES = 2**31  # the largest matrix that is built: 16,384 parameters in float64
+CHUNK_BYTES = 2**28  # the Jacobians held at once
+ESTIMATORS = ("exact", "sampled", "probe", "empirical", "argmax")
+
+
+def blocks(model: nn.Module, by: str = "parameter") -> dict[str, slice]:
+    r"""Which rows and columns of the matrices of this module belong to which parameter or layer.
+
+    Args:
+        model: the network.
+        by: ``"parameter"`` (one block per trainable tensor) or ``"layer"`` (a module's weight and bias together).
+
+    Returns:
+        name -> slice of ``range(P)``, in the order of the matrices. ``H[blocks(model)["0.weight"]]`` is a row block.
+    """
+    if by not in ("parameter", "layer"):
+        raise ValueError(f"unknown grouping {by!r}: use 'parameter' or 'layer'.")
+    found, start = {}, 0
+    for name, parameter in _trainable(model).items():
+        key = name if by == "parameter" else name.rpartition(".")[0]
+        stop = start + parameter.numel()
+        found[key] = slice(found[key].start if key in found else start, stop)
+        start = stop
+    return found
+
+
+def vector(model: nn.Module, named: dict[str, Tensor]) -> Tensor:
+    """Flattens a dict of name -> tensor, such as a Fisher diagonal, into (P,) in the order of the matrices."""
+    missing = [name for name in _trainable(model) if name not in named]
+    if missing:
+        raise KeyError(f"no value for the parameter {missing[0]!r}: give one tensor per trainable parameter.")
+    return torch.cat([named[name].reshape(-1) for name in _trainable(model)])
+
+
+def softmax_fisher(logits: Tensor) -> Tensor:
+    r"""The Fisher matrix of the softmax in its logits, which is also the Hessian of cross-entropy in them.
+
+    :math:`F_f = \operatorname{diag}(p) - p p^\top, \qquad p = \operatorname{softmax}(f)`
+
+    Args:
+        logits: (..., C).
+
+    Returns:
+        (..., C, C), positive semi-definite, with rows that sum to 0.
+
+    Source: Martens, "New insights and perspectives on the natural gradient method" (JMLR 2020), section 9.
+
+    Implements: eq-softmax-fisher
+    """
+    p = logits.softmax(-1)
+    return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+
+
+def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
+    r"""The Jacobian of the logits, :math:`J_n = \partial f(x_n) / \partial\theta`: shape (N, C, P).
+
+    Args:
+        model: a network that maps (N, ...) to logits (N, C).
+        inputs: (N, ...).
+
+    Raises:
+        ValueError: the Jacobian would be larger than 2 GiB.
+    """
+    theta, logits_of = _flat(model)
+    x = _like(inputs, theta)
+    with _evaluating(model):
+        logits = _logits(logits_of, theta, x)
+        _check_size(logits.numel() * len(theta), theta, f"The Jacobian of {len(x)} examples")
+        return _jacobian(logits_of, theta, x)
+
+
+def hessian(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> Tensor:
+    r"""The Hessian of the mean loss, with the data's labels.
+
+    :math:`H = \frac1N \sum_n \nabla^2_\theta\, \ell_n(\theta), \qquad \ell_n = -\log p(y_n \mid x_n, \theta)`
+
+    Args:
+        model: a network that maps (N, ...) to logits (N, C).
+        data: a dataset, a loader or a pair of tensors (inputs, labels).
+
+    Returns:
+        (P, P), symmetric, in general indefinite. At the kinks of a ReLU autograd's one-sided derivative is taken.
+
+    Raises:
+        ValueError: the matrix would be larger than 2 GiB, the data is empty or a label out of range.
+
+    Implements: eq-hessian
+    """
+    theta, logits_of, x, y = _prepare(model, data)
+    with _evaluating(model):
+        _logits(logits_of, theta, x, y)
+        return _second_derivative(lambda t: cross_entropy(logits_of(t, x), y), theta)
+
+
+def gauss_newton(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> Tensor:
+    r"""The generalised Gauss-Newton matrix of the mean loss: the Hessian of a network linearised at θ.
+
+    :math:`\mathrm{GGN} = \frac1N \sum_n J_n^\top \left( \operatorname{diag}(p_n) - p_n p_n^\top \right) J_n`
+
+    The labels cancel: only their shape is looked at. For the softmax it equals the Fisher matrix.
+
+    Args:
+        model: a network that maps (N, ...) to logits (N, C).
+        data: a dataset, a loader or a pair of tensors (inputs, labels).
+
+    Returns:
+        (P, P), symmetric, positive semi-definite.
+
+    Raises:
+        ValueError: the matrix would be larger than 2 GiB or the data is empty.
+
+    Source: Schraudolph, "Fast curvature matrix-vector products" (Neural Computation 2002); Martens (JMLR 2020).
+
+    Implements: eq-ggn
+    """
+    theta, logits_of, x, y = _prepare(model, data)
+    total = theta.new_zeros(len(theta), len(theta))
+    with _evaluating(model):
+        for x_, y_ in _chunks(logits_of, theta, x, y):
+            J = _jacobian(logits_of, theta, x_)  # (n, C, P)
+            HJ = softmax_fisher(logits_of(theta, x_)) @ J
+            total += J.flatten(0, 1).T @ HJ.flatten(0, 1)
+    return total / len(x)
+
+
+def residual(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> Tensor:
+    r"""What the Gauss-Newton matrix leaves out of the Hessian: the network's own curvature, weighed by the errors.
+
+    :math:`H - \mathrm{GGN} = \frac1N \sum_n \sum_k (p_{nk} - y_{nk})\, \nabla^2_\theta f_k(x_n)`
+
+    Args:
+        model: a network that maps (N, ...) to logits (N, C).
+        data: a dataset, a loader or a pair of tensors (inputs, labels).
+
+    Returns:
+        (P, P), symmetric. It vanishes where every p equals its label, and within a layer of a ReLU network.
+
+    Raises:
+        ValueError: the matrix would be larger than 2 GiB, the data is empty or a label out of range.
+    """
+    theta, logits_of, x, y = _prepare(model, data)
+    with _evaluating(model):
+        p = _logits(logits_of, theta, x, y).softmax(-1)
+        error = (p - nn.functional.one_hot(y, p.shape[1])) / len(x)  # held fixed while f is differentiated
+        return _second_derivative(lambda t: (error * logits_of(t, x)).sum(), theta)
+
+
+def full_fisher(
+    model: nn.Module,
+    data: Dataset | DataLoader | tuple[Tensor, Tensor],
+    estimator: str = "exact",
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""The full Fisher matrix: the mean outer product of the score with itself.
+
+    :math:`F = \frac1N \sum_n \sum_c p_{nc}\, s_{nc} s_{nc}^\top, \qquad s_{nc} = \nabla_\theta \log p(c \mid x_n, \theta)`
+
+    Args:
+        model: a network that maps (N, ...) to logits (N, C).
+        data: a dataset, a loader or a pair of tensors (inputs, labels).
+        estimator: whose labels: ``"exact"`` the model's, all classes weighed by p; ``"sampled"`` one drawn from p;
+            ``"probe"`` one random sign per class (unbiased for exact); ``"empirical"`` the data's; ``"argmax"`` the
+            most likely class. The same names as in :func:`ewc.fisher.diagonal`.
+        generator: the source of randomness of ``"sampled"`` and ``"probe"``.
+
+    Returns:
+        (P, P), symmetric, positive semi-definite.
+
+    Raises:
+        ValueError: an unknown estimator, a matrix larger than 2 GiB, empty data or a label out of range.
+
+    Source: Kunstner, Balles and Hennig, "Limitations of the empirical Fisher approximation" (NeurIPS 2019).
+
+    Implements: eq-full-fisher
+    """
+    theta, logits_of, x, y = _prepare(model, data)
+    total = theta.new_zeros(len(theta), len(theta))
+    with _evaluating(model):
+        for x_, y_ in _chunks(logits_of, theta, x, y):
+            columns = score_columns(logits_of(theta, x_), y_, estimator, generator=generator)  # (K, n, C)
+            J = _jacobian(logits_of, theta, x_)
+            for column in columns:
+                scores = torch.einsum("nc,ncp->np", column, J)  # each example's √weight · score
+                total += scores.T @ scores
+    return total / len(x)
+
+
+def score_columns(
+    logits: Tensor, labels: Tensor, estimator: str = "exact", *, generator: torch.Generator | None = None
+) -> Tensor:
+    r"""The scores in the logits whose outer products make up each estimator's Fisher matrix.
+
+    The score of label c in the logits is :math:`e_c - p`. Each estimator is a set of K columns v with
+    :math:`F_f = \sum_k v_k v_k^\top`: :math:`\sqrt{p_c}(e_c - p)` for every class (exact, K = C); :math:`e_y - p` for one label y
+    (sampled, empirical, argmax; K = 1); :math:`\sum_c \varepsilon_c \sqrt{p_c}(e_c - p)` with signs
+    :math:`\varepsilon_c = \pm1` (probe, K = 1).
+
+    Args:
+        logits: (N, C).
+        labels: (N,) class indices; looked at by ``"empirical"`` only.
+        estimator: see :func:`full_fisher`.
+        generator: the source of randomness of ``"sampled"`` and ``"probe"``.
+
+    Returns:
+        (K, N, C).
+
+    Raises:
+        ValueError: an unknown estimator.
+    """
+    p = logits.detach().softmax(-1)
+    n, classes = p.shape
+    one_hot = torch.eye(classes, dtype=p.dtype, device=p.device)
+    if estimator in ("exact", "probe"):
+        every = p.sqrt().T.unsqueeze(-1) * (one_hot.unsqueeze(1) - p)  # (C, N, C)
+        if estimator == "exact":
+            return every
+        signs = (
+            torch.randint(0, 2, (classes, n, 1), generator=generator, device=_place(p, generator)).to(p) * 2
+            - 1
+        )
+        return (signs * every).sum(0, keepdim=True)
+    if estimator == "sampled":
+        labels = torch.multinomial(p.to(_place(p, generator)), 1, generator=generator).squeeze(1).to(p.device)
+    elif estimator == "argmax":
+        labels = p.argmax(1)
+    elif estimator != "empirical":
+        raise ValueError(f"unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}.")
+    return (one_hot[labels] - p).unsqueeze(0)
+
+
+# --- the plumbing -------------------------------------------------------------------------------------------------
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _flat(model: nn.Module):
+    """The flat parameter vector θ (P,) and the function (θ, x) -> logits."""
+    trainable = _trainable(model)
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: there is nothing to differentiate.")
+    theta = torch.cat([p.detach().reshape(-1) for p in trainable.values()])
+    # Tied weights are listed by hand: with a module that sits at two places, functional_call's own tying
+    # leaves the swapped tensors behind in the model.
+    names = {id(p): name for name, p in trainable.items()}
+    places = {
+        f"{path}.{own}".lstrip("."): names.get(id(p), p.detach())
+        for path, module in model.named_modules()
+        for own, p in module.named_parameters(recurse=False)
+    }
+
+    def logits_of(theta: Tensor, x: Tensor) -> Tensor:
+        parts = theta.split([p.numel() for p in trainable.values()])
+        new = {name: part.reshape(p.shape) for part, (name, p) in zip(parts, trainable.items())}
+        tensors = {place: new[value] if isinstance(value, str) else value for place, value in places.items()}
+        return functional_call(model, tensors, (x,), tie_weights=False)
+
+    return theta, logits_of
+
+
+def _prepare(model: nn.Module, data):
+    """θ, the logits' function, inputs and labels; refuses a (P, P) matrix that is too large."""
+    theta, logits_of = _flat(model)
+    _check_size(len(theta) ** 2, theta, f"The matrix of {len(theta):,} by {len(theta):,} parameters")
+    x, y = _collect(data)
+    return theta, logits_of, _like(x, theta), y.to(theta.device)
+
+
+def _check_size(elements: int, theta: Tensor, what: str) -> None:
+    size = elements * theta.element_size()
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{what} would take {size / 2**30:.1f} GiB, more than the {MAX_BYTES / 2**30:.1f} GiB allowed here: "
+            "use a smaller model or fewer examples, freeze layers, or take ewc.fisher.diagonal or ewc.kfac."
+        )
+
+
+def _collect(data) -> tuple[Tensor, Tensor]:
+    """All inputs and labels of a pair of tensors, a dataset or a loader."""
+    if not isinstance(data, (tuple, list)):
+        batches = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=1024)
+        pairs = [(x, y) for x, y in batches]
+        data = [torch.cat(parts) for parts in zip(*pairs)] or (torch.empty(0), torch.empty(0))
+    x, y = data
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(f"{len(x)} inputs and {len(y)} labels: give the same number of both, at least one.")
+    return x, y
+
+
+def _like(x: Tensor, theta: Tensor) -> Tensor:
+    return x.to(theta.device, theta.dtype if x.is_floating_point() else None)
+
+
+def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The logits, after checking that they are (N, C) and that the labels name one of the C classes."""
+    logits = logits_of(theta, x)
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise ValueError(
+            f"the model returns shape {tuple(logits.shape)} for {len(x)} examples: logits (N, C) needed."
+        )
+    if y is not None and (y.ndim != 1 or y.min() < 0 or y.max() >= logits.shape[1]):
+        raise ValueError(
+            f"labels of shape {tuple(y.shape)} from {y.min()} to {y.max()} for {logits.shape[1]} classes: "
+            f"give one integer from 0 to {logits.shape[1] - 1} per example."
+        )
+    return logits
+
+
+def _jacobian(logits_of, theta: Tensor, x: Tensor) -> Tensor:
+    return vmap(lambda x_: jacrev(lambda t: logits_of(t, x_.unsqueeze(0)).squeeze(0))(theta))(x)
+
+
+def _chunks(logits_of, theta: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of the data whose Jacobians stay below CHUNK_BYTES."""
+    logits = _logits(logits_of, theta, x, y)
+    per_example = logits.shape[1] * len(theta) * theta.element_size()
+    size = max(1, CHUNK_BYTES // per_example)
+    return zip(x.split(size), y.split(size))
+
+
+def _second_derivative(scalar, theta: Tensor) -> Tensor:
+    """The Hessian of a function of θ: row i is the gradient of the i-th entry of its gradient."""
+    _, row = vjp(grad(scalar), theta)
+    unit = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
+    return vmap(lambda e: row(e)[0], chunk_size=64)(unit)
+
+
+def _place(p: Tensor, generator: torch.Generator | None) -> torch.device:
+    return generator.device if generator is not None else p.device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

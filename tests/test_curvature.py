@@ -1,0 +1,287 @@
+"""Dense curvature matrices against plain autograd loops, and the theorems that relate them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from ewc import curvature
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def network(activation=nn.Tanh, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(3, 4), activation(), nn.Linear(4, 4), activation(), nn.Linear(4, 3)
+    ).double()
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (7,), generator=generator)
+
+
+def gradient(scalar, parameters, keep=False):
+    return torch.cat(
+        [
+            g.reshape(-1)
+            for g in torch.autograd.grad(
+                scalar, parameters, create_graph=keep, retain_graph=True, materialize_grads=True
+            )
+        ]
+    )
+
+
+def brute_hessian(scalar, parameters):
+    """One autograd call per row."""
+    return torch.stack([gradient(g, parameters) for g in gradient(scalar, parameters, keep=True)])
+
+
+def brute_fisher(model, x, labels_and_weights):
+    """The double loop of the definition: examples, then labels with their weights."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = 0
+    for i, x_ in enumerate(x):
+        log_p = model(x_[None])[0].log_softmax(-1)
+        for label, weight in labels_and_weights(i, log_p.exp().detach()):
+            score = gradient(log_p[label], parameters)
+            total = total + weight * torch.outer(score, score)
+    return total / len(x)
+
+
+def close(actual, expected, rtol=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_hessian_is_autograds(activation, data):
+    model = network(ACTIVATIONS[activation])
+    expected = brute_hessian(cross_entropy(model(data[0]), data[1]), list(model.parameters()))
+    close(curvature.hessian(model, data), expected)
+
+
+def test_jacobian_is_a_loop_over_classes(data):
+    model = network()
+    J = curvature.jacobian(model, data[0])
+    assert J.shape == (7, 3, 51)
+    for n, logits in enumerate(model(data[0])):
+        close(J[n], torch.stack([gradient(f, list(model.parameters())) for f in logits]))
+
+
+@pytest.mark.parametrize(
+    "estimator, labels",
+    [
+        ("exact", lambda y: lambda i, p: list(enumerate(p))),
+        ("empirical", lambda y: lambda i, p: [(y[i], 1.0)]),
+        ("argmax", lambda y: lambda i, p: [(p.argmax(), 1.0)]),
+    ],
+)
+def test_full_fisher_is_the_double_loop(estimator, labels, data):
+    model = network()
+    close(curvature.full_fisher(model, data, estimator), brute_fisher(model, data[0], labels(data[1])))
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "probe"])
+def test_random_estimators_are_unbiased(estimator, data):
+    model = network()
+    x, y = (part.repeat(2000, *[1] * (part.ndim - 1)) for part in data)  # 2,000 draws of each example at once
+    generator = torch.Generator().manual_seed(3)
+    estimate = curvature.full_fisher(model, (x, y), estimator, generator=generator)
+    exact = curvature.full_fisher(model, data)
+    assert not torch.equal(estimate, exact)
+    assert (estimate - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "probe"])
+def test_one_draw_has_rank_one_per_example_and_follows_the_seed(estimator, data):
+    model, one = network(), (data[0][:1], data[1][:1])
+
+    def draw(seed):
+        return curvature.full_fisher(model, one, estimator, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.linalg.matrix_rank(draw(0)) == 1
+    assert torch.equal(draw(0), draw(0))
+    assert any(not torch.equal(draw(0), draw(seed)) for seed in range(1, 20))
+
+
+def test_softmax_fisher_is_the_hessian_in_the_logits(data):
+    logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    F = curvature.softmax_fisher(logits)
+    for row, f in zip(logits, F):
+        for label in torch.eye(5, dtype=torch.float64):  # whatever the label
+            z = row.clone().requires_grad_()
+            close(brute_hessian(-(label * z.log_softmax(-1)).sum(), [z]), f)
+    assert F.sum(-1).abs().max() < 1e-15
+
+
+def test_columns_of_the_exact_estimator_square_to_the_softmax_fisher():
+    logits = 3 * torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    columns = curvature.score_columns(logits, torch.zeros(6, dtype=torch.long))
+    close(torch.einsum("knc,knd->ncd", columns, columns), curvature.softmax_fisher(logits))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gauss_newton_is_the_fisher_of_a_softmax_network(activation, data):
+    model = network(ACTIVATIONS[activation])
+    ggn = curvature.gauss_newton(model, data)
+    close(ggn, curvature.full_fisher(model, data))
+    assert torch.linalg.eigvalsh(ggn).min() > -1e-14
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_hessian_minus_gauss_newton_is_the_residual(activation, data):
+    model = network(ACTIVATIONS[activation])
+    difference = curvature.hessian(model, data) - curvature.gauss_newton(model, data)
+    close(curvature.residual(model, data), difference, rtol=1e-11)
+    x, y = data  # the double sum of the definition
+    expected, parameters = 0, list(model.parameters())
+    for x_, y_ in zip(x, y):
+        f = model(x_[None])[0]
+        error = f.softmax(-1).detach() - nn.functional.one_hot(y_, 3)
+        expected = expected + sum(e * brute_hessian(f_k, parameters) for e, f_k in zip(error, f)) / len(x)
+    close(difference, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_relu_hessian_and_fisher_agree_within_layers(seed, data):
+    """At random weights and random labels, not only at an optimum; the full Hessian differs and is indefinite."""
+    model = network(nn.ReLU, seed)
+    y = torch.randint(0, 3, (7,), generator=torch.Generator().manual_seed(seed))
+    H, F = curvature.hessian(model, (data[0], y)), curvature.full_fisher(model, (data[0], y))
+    close(H.diagonal(), F.diagonal())
+    for block in curvature.blocks(model, by="layer").values():
+        close(H[block, block], F[block, block])
+    assert (H - F).abs().max() > 0.01 * F.abs().max()
+    assert torch.linalg.eigvalsh(H)[0] < -1e-3
+
+
+def test_tanh_breaks_the_relu_theorem(data):
+    model = network(nn.Tanh)
+    H, F = curvature.hessian(model, data), curvature.full_fisher(model, data)
+    assert (H.diagonal() - F.diagonal()).abs().max() > 1e-3
+    last = curvature.blocks(model, by="layer")["4"]  # logits are affine in the last layer, whatever is below
+    close(H[last, last], F[last, last])
+
+
+def test_weights_shared_across_depth_break_the_relu_theorem(data):
+    torch.manual_seed(0)
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(3, 3)).double()
+    before = list(model.parameters())
+    H, F = curvature.hessian(model, data), curvature.full_fisher(model, data)
+    assert (H.diagonal() - F.diagonal()).abs().max() > 1e-3
+    close(H, brute_hessian(cross_entropy(model(data[0]), data[1]), before))
+    assert all(old is new for old, new in zip(before, model.parameters()))
+
+
+def test_one_tensor_in_two_layers_is_one_block(data):
+    model = network()
+    model[2].weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+    model.insert(3, nn.Linear(4, 4).double())
+    model[3].weight, model[3].bias = (
+        model[2].weight,
+        nn.Parameter(model[3].bias.detach(), requires_grad=False),
+    )
+    assert list(curvature.blocks(model)) == ["0.weight", "0.bias", "2.weight", "2.bias", "5.weight", "5.bias"]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    close(curvature.hessian(model, data), brute_hessian(cross_entropy(model(data[0]), data[1]), parameters))
+    close(
+        curvature.full_fisher(model, data, "empirical"),
+        brute_fisher(model, data[0], lambda i, p: [(data[1][i], 1.0)]),
+    )
+
+
+def test_blocks_follow_the_parameters(data):
+    model = network()
+    model[0].bias.requires_grad_(False)
+    names = curvature.blocks(model)
+    assert list(names) == ["0.weight", "2.weight", "2.bias", "4.weight", "4.bias"]
+    assert (names["0.weight"], names["2.weight"]) == (slice(0, 12), slice(12, 28))
+    assert curvature.blocks(model, by="layer") == {"0": slice(0, 12), "2": slice(12, 32), "4": slice(32, 47)}
+    diagonal = curvature.full_fisher(model, data).diagonal()
+    named = {name: diagonal[part].reshape(model.get_parameter(name).shape) for name, part in names.items()}
+    assert torch.equal(curvature.vector(model, named), diagonal)
+    with pytest.raises(ValueError, match="'parameter' or 'layer'"):
+        curvature.blocks(model, by="row")
+    with pytest.raises(KeyError, match="0.weight"):
+        curvature.vector(model, {})
+
+
+def test_frozen_parameters_are_absent_and_the_rest_is_unchanged(data):
+    model = network()
+    full = curvature.hessian(model, data)
+    last = curvature.blocks(model, by="layer")["4"]
+    for layer in model[:4]:
+        layer.requires_grad_(False)
+    close(curvature.hessian(model, data), full[last, last])
+
+
+def test_data_may_be_a_pair_a_dataset_or_a_loader(data):
+    model = network()
+    expected = curvature.full_fisher(model, data)
+    dataset = TensorDataset(*data)
+    close(curvature.full_fisher(model, dataset), expected)
+    close(curvature.full_fisher(model, DataLoader(dataset, batch_size=3)), expected)
+    close(
+        curvature.gauss_newton(model, (data[0].float(), data[1])), expected, rtol=1e-6
+    )  # inputs follow the weights
+
+
+def test_chunks_do_not_change_the_result(data, monkeypatch):
+    model = network()
+    x, y = (part.repeat(300, *[1] * (part.ndim - 1)) for part in data)
+    sizes, whole = [], curvature.full_fisher(model, data)
+    jacobian = curvature._jacobian
+    monkeypatch.setattr(curvature, "_jacobian", lambda f, t, x_: sizes.append(len(x_)) or jacobian(f, t, x_))
+    monkeypatch.setattr(curvature, "CHUNK_BYTES", 3 * 51 * 8 * 1000)
+    close(curvature.full_fisher(model, (x, y)), whole)
+    assert sizes == [1000, 1000, 100]
+
+
+def test_the_model_comes_back_as_it_was(data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3)).double()
+    model.train()
+    model[1].eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for function in (curvature.hessian, curvature.gauss_newton, curvature.full_fisher, curvature.residual):
+        matrix = function(model, data)
+        assert not matrix.requires_grad and torch.equal(matrix, function(model, data))  # no dropout
+    assert [m.training for m in model.modules()] == [True, True, False, True, True]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert (
+        torch.equal(model[0].weight.grad, torch.ones(4, 3, dtype=torch.float64))
+        and model[0].bias.grad is None
+    )
+    with pytest.raises(ValueError):
+        curvature.hessian(model, (data[0], data[1] + 3))
+    assert model.training and not model[1].training
+
+
+def test_bad_input_is_named(data):
+    x, y = data
+    large = nn.Linear(1000, 100)
+    with pytest.raises(ValueError, match=r"100,100 by 100,100 parameters would take 37.3 GiB"):
+        curvature.hessian(large, (torch.zeros(1, 1000), torch.zeros(1, dtype=torch.long)))
+    with pytest.raises(ValueError, match="Jacobian of 100 examples"):
+        curvature.jacobian(large, torch.zeros(100, 1000))
+    with pytest.raises(ValueError, match="unknown estimator 'true'.*exact, sampled, probe"):
+        curvature.full_fisher(network(), data, "true")
+    with pytest.raises(ValueError, match="at least one"):
+        curvature.hessian(network(), (x[:0], y[:0]))
+    with pytest.raises(ValueError, match="at least one"):
+        curvature.hessian(network(), TensorDataset(x[:0], y[:0]))
+    with pytest.raises(ValueError, match="7 inputs and 6 labels"):
+        curvature.hessian(network(), (x, y[:6]))
+    for label in (-1, 3):
+        with pytest.raises(ValueError, match="integer from 0 to 2"):
+            curvature.gauss_newton(network(), (x, torch.full_like(y, label)))
+    with pytest.raises(ValueError, match=r"\(N, C\) needed"):
+        curvature.hessian(nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))).double(), data)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        curvature.hessian(network().requires_grad_(False), data)
