@@ -1,0 +1,380 @@
+r"""Elastic weight consolidation: a spring on every weight, as stiff as the Fisher information says.
+
+After a task the posterior over the weights is approximated by a Gaussian around its optimum :math:`\theta^*` with
+precision :math:`\propto F`; its negative logarithm is the penalty on the next task's loss.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ewc import fisher as _fisher
+
+ANCHORS = ("latest", "each")
+
+
+class EWC:
+    r"""The quadratic penalty of Kirkpatrick et al. (2017), for one task or many.
+
+    .. math:: \Omega(\theta) = \frac{\lambda}{2} \sum_i F_i\,(\theta_i - \theta^*_i)^2
+
+    :math:`F` is the *mean* Fisher per example. If the loss of the new task is a mean over its :math:`N_B` examples as
+    well, Bayes' rule gives :math:`\lambda = N_A / N_B`: the old task counts with its :math:`N_A` examples. In practice
+    a larger strength makes up for what the diagonal leaves out.
+
+    Before the first `consolidate` the penalty is 0. Parameters that the memory has never seen (a new head) are free.
+
+    Attributes:
+        strength: λ, a finite number >= 0; may be changed at any time (one Fisher serves a whole sweep).
+        fisher: parameter name -> F, tensor of the parameter's shape.
+        theta_star: parameter name -> θ*, the anchor.
+        constant: the penalty's value at the anchors, divided by λ; 0 unless ``anchors="each"``.
+        tasks: how many tasks have been consolidated.
+
+    Implements: eq-ewc-penalty
+
+    References:
+        Kirkpatrick et al., *Overcoming catastrophic forgetting in neural networks*, PNAS 2017; Huszár, *Note on the
+        quadratic penalties in elastic weight consolidation*, PNAS 2018; Schwarz et al., *Progress and compress*, 2018.
+    """
+
+    def __init__(self, strength: float, *, estimator: str = "exact", anchors: str = "latest", decay: float = 1.0):
+        r"""
+        Args:
+            strength: λ in (λ/2) Σ F (θ − θ*)².
+            estimator: passed to `fisher.diagonal`.
+            anchors: ``"latest"``: one penalty anchored at the newest optimum, Fishers added (Huszár's correction).
+                ``"each"``: one penalty for every task, anchored at that task's optimum, as Kirkpatrick et al. wrote
+                it; kept as the one quadratic that equals their sum, so memory does not grow with the tasks.
+            decay: what remains of the old penalty (all of it: Fisher and value) when a task is added, 0 to 1.
+
+        Raises:
+            ValueError: a strength that is negative or not finite, an unknown estimator or kind of anchors, a decay
+                outside 0 to 1.
+        """
+        if estimator not in _fisher.ESTIMATORS:
+            raise ValueError(
+                f"Unknown estimator {estimator!r}; choose one of {', '.join(map(repr, _fisher.ESTIMATORS))}."
+            )
+        if anchors not in ANCHORS:
+            raise ValueError(f'Unknown anchors {anchors!r}; choose "latest" or "each".')
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay is the share of the old penalty that remains, from 0 to 1; got {decay!r}.")
+        self.strength = strength
+        self.estimator = estimator
+        self.anchors = anchors
+        self.decay = float(decay)
+        self.fisher: dict[str, Tensor] = {}
+        self.theta_star: dict[str, Tensor] = {}
+        self.constant = 0.0
+        self.tasks = 0
+        self._weights: tuple[tuple, list[Tensor]] | None = None  # of the last `pull`, by step and strength
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        value = float(value)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"strength is the λ of (λ/2) F (θ − θ*)²: a finite number, at least 0; got {value!r}.")
+        self._strength = value
+
+    def consolidate(self, model: nn.Module, data=None, *, fisher: Mapping[str, Tensor] | None = None) -> None:
+        r"""Measures the Fisher of ``model`` on the task just learnt and sets the anchor.
+
+        ``anchors="latest"`` (:math:`\gamma` is the decay):
+
+        .. math:: F \leftarrow \gamma F + F_t, \qquad \theta^* \leftarrow \theta_t
+
+        ``anchors="each"``, where a sum of quadratics is a quadratic:
+
+        .. math:: \theta^* \leftarrow \frac{\gamma F \theta^* + F_t \theta_t}{\gamma F + F_t}, \qquad
+                  F \leftarrow \gamma F + F_t
+
+        and the constant grows by :math:`\tfrac12 \sum_i \frac{\gamma F_i F_{t,i}}{\gamma F_i + F_{t,i}}
+        (\theta^*_i - \theta_{t,i})^2` so that the penalty's value is that of the sum, too.
+
+        Args:
+            model: the network at the task's optimum.
+            data: the task's training data, as for `fisher.diagonal`.
+            fisher: the mean Fisher, if it has been computed already (for instance with a tolerance, or for the
+                classes of one head); ``data`` is then not needed.
+
+        Raises:
+            ValueError: what `fisher.diagonal` raises; a model or Fisher that does not match what is stored. The
+                memory is then as it was.
+
+        Implements: eq-online, eq-sum-of-quadratics
+        """
+        model = _fisher.unwrap(model)
+        if (data is None) == (fisher is None):
+            raise ValueError("consolidate needs either the task's data or its Fisher, and not both.")
+        if self.tasks:
+            self._matched(model)
+        parameters = dict(model.named_parameters())
+        if fisher is None:
+            fisher = _fisher.diagonal(model, data, self.estimator)
+        _check_fisher(fisher, parameters)
+
+        new_fisher, new_star, gained = {}, {}, 0.0
+        for name, p in parameters.items():
+            if name not in fisher and name not in self.fisher:
+                continue
+            theta = p.detach()
+            f = fisher[name].detach().to(p.device) if name in fisher else torch.zeros_like(self.fisher[name])
+            old = self.decay * self.fisher[name] if name in self.fisher else torch.zeros_like(f)
+            total = old + f
+            if self.anchors == "latest" or name not in self.fisher:
+                new_star[name] = theta.clone()
+            else:
+                # A step from the new optimum towards the old anchor; a weight without any Fisher stays at the new one.
+                share = torch.where(total > 0, old / total, 0)
+                moved = self.theta_star[name] - theta
+                gained += 0.5 * float((share * f * moved.square()).sum(dtype=torch.float64))
+                new_star[name] = (theta + share * moved).to(theta.dtype)
+            new_fisher[name] = total
+        self.constant = self.decay * self.constant + gained if self.anchors == "each" else 0.0
+        self.fisher, self.theta_star = new_fisher, new_star
+        self.tasks += 1
+        self._weights = None
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        r"""The value :math:`\tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2`, a scalar with a gradient.
+
+        Args:
+            model: the network being trained; its parameters are matched by name.
+
+        Raises:
+            ValueError: parameters missing, of another shape or on another device.
+
+        Implements: eq-ewc-penalty
+        """
+        model = _fisher.unwrap(model)
+        if not self.tasks:
+            first = next(model.parameters(), torch.zeros(()))
+            return torch.zeros((), device=first.device, dtype=first.dtype)
+        parameters = self._matched(model)
+        return self.strength * (_Quadratic.apply(*self._stored(), *parameters) + self.constant)
+
+    @torch.no_grad()
+    def add_gradient(self, model: nn.Module) -> None:
+        r"""Adds the penalty's gradient :math:`\lambda F_i (\theta_i - \theta^*_i)` to every ``.grad``.
+
+        The same as ``penalty(model).backward()``, without building a graph.
+
+        Raises:
+            ValueError: parameters missing, of another shape or on another device.
+
+        Implements: eq-ewc-gradient
+        """
+        if not (self.tasks and self.strength):
+            return
+        parameters = self._matched(_fisher.unwrap(model))
+        used = [i for i, p in enumerate(parameters) if p.requires_grad]
+        fisher, star = ([tensors[i] for i in used] for tensors in self._stored())
+        parameters = [parameters[i] for i in used]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in parameters]
+        if not grads:
+            return
+        delta = torch._foreach_sub(parameters, star)
+        if all(f.dtype == g.dtype for f, g in zip(fisher, grads)):
+            torch._foreach_addcmul_(grads, fisher, delta, value=self.strength)
+        else:  # half-precision weights keep a float32 Fisher
+            for g, f, d in zip(grads, fisher, delta):
+                g.add_(f * d, alpha=self.strength)
+
+    @torch.no_grad()
+    def pull(self, model: nn.Module, step: float | Mapping[str, Tensor | float]) -> None:
+        r"""The proximal step on the penalty, in place:
+
+        .. math:: \theta_i \leftarrow \frac{\theta_i + s\lambda F_i \theta^*_i}{1 + s\lambda F_i}
+
+        the minimiser of :math:`\tfrac{1}{2s}\|\theta' - \theta\|^2 + \Omega(\theta')`. Call it after the optimiser's
+        step. Where the gradient of the penalty is unstable for :math:`s\lambda F > 2`, this is stable for every λ.
+
+        Args:
+            model: the network being trained.
+            step: s, the learning rate; or parameter name -> s, a number or a tensor of the parameter's shape, for
+                optimisers with a step for each weight, such as Adam.
+
+        Raises:
+            ValueError: parameters missing, of another shape or on another device; a negative or non-finite step.
+
+        Implements: eq-proximal
+        """
+        if not (self.tasks and self.strength):
+            return
+        model = _fisher.unwrap(model)
+        parameters = self._matched(model)
+        fisher, star = self._stored()
+        if isinstance(step, Mapping):
+            missing = [name for name in self.fisher if name not in step]
+            if missing:
+                raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
+            weights = [_share(f * step[name] * self.strength) for name, f in self.fisher.items()]
+        else:
+            if not (math.isfinite(step) and step >= 0):
+                raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
+            key = (float(step), self.strength, *(id(f) for f in fisher))
+            if self._weights is None or self._weights[0] != key:  # a constant learning rate pays once
+                scaled = torch._foreach_mul(fisher, float(step) * self.strength)
+                torch._foreach_div_(scaled, torch._foreach_add(scaled, 1.0))
+                self._weights = key, scaled
+            weights = self._weights[1]
+        used = [i for i, p in enumerate(parameters) if p.requires_grad]
+        if used:
+            torch._foreach_lerp_(
+                [parameters[i] for i in used],
+                [star[i] for i in used],
+                [weights[i].to(star[i].dtype) for i in used],
+            )
+
+    def state_dict(self) -> dict:
+        """Everything the memory knows, as tensors, numbers and strings: ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "strength": self.strength,
+            "estimator": self.estimator,
+            "anchors": self.anchors,
+            "decay": self.decay,
+            "constant": self.constant,
+            "tasks": self.tasks,
+            "fisher": dict(self.fisher),
+            "theta_star": dict(self.theta_star),
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Takes over a `state_dict`, options included.
+
+        Raises:
+            ValueError: not the state of an `EWC`; the memory is then as it was.
+        """
+        expected = self.state_dict().keys()
+        if not isinstance(state, Mapping) or set(state) != set(expected):
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"This is not the state of an EWC memory: expected {sorted(expected)}, found {found}.")
+        new = EWC(state["strength"], estimator=state["estimator"], anchors=state["anchors"], decay=state["decay"])
+        fisher, star = state["fisher"], state["theta_star"]
+        if {n: t.shape for n, t in fisher.items()} != {n: t.shape for n, t in star.items()}:
+            raise ValueError("The checkpoint's fisher and theta_star differ in names or shapes; it is damaged.")
+        new.constant, new.tasks = float(state["constant"]), int(state["tasks"])
+        new.fisher = {name: t.detach().clone() for name, t in fisher.items()}
+        new.theta_star = {name: t.detach().clone() for name, t in star.items()}
+        self.__dict__.update(new.__dict__)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the state to a file, atomically: a kill at any moment leaves the old file or the new one.
+
+        In an initialised process group only rank 0 writes.
+        """
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and dist.get_rank():
+            return
+        path = Path(path)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(self.state_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str | None = None) -> EWC:
+        """The memory that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a truncated file, or the file of something else.
+        """
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is not a readable checkpoint (truncated, or not written by EWC.save).") from error
+        memory = cls(0.0)
+        memory.load_state_dict(state)
+        return memory
+
+    def to(self, *args, **kwargs) -> EWC:
+        """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
+        self.fisher = {name: t.to(*args, **kwargs) for name, t in self.fisher.items()}
+        self.theta_star = {name: t.to(*args, **kwargs) for name, t in self.theta_star.items()}
+        self._weights = None
+        return self
+
+    def _stored(self) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self.fisher.values()), list(self.theta_star.values())
+
+    def _matched(self, model: nn.Module) -> list[Tensor]:
+        """The model's parameters in the order of the stored ones."""
+        parameters = dict(model.named_parameters())
+        for name, star in self.theta_star.items():
+            p = parameters.get(name)
+            if p is None:
+                raise ValueError(
+                    f"The memory holds a parameter {name!r} of shape {tuple(star.shape)} that the model does not have; "
+                    f"the model has {', '.join(parameters) or 'no parameters'}. Use the model that was consolidated."
+                )
+            if p.shape != star.shape:
+                raise ValueError(
+                    f"Parameter {name!r} has shape {tuple(p.shape)} in the model and {tuple(star.shape)} in the memory; "
+                    "use the model that was consolidated."
+                )
+            if p.device != star.device:
+                raise ValueError(
+                    f"Parameter {name!r} is on {p.device} and the memory on {star.device}; call memory.to({p.device})."
+                )
+        return [parameters[name] for name in self.theta_star]
+
+
+class _Quadratic(torch.autograd.Function):
+    """½ Σ F (θ − θ*)² of lists of tensors (F..., θ*..., θ...): one node instead of three for every parameter."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        third = len(tensors) // 3
+        fisher, star, theta = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
+        delta = torch._foreach_sub(theta, star)
+        halves = [torch.dot((f * d).flatten(), d.to(f.dtype).flatten()) for f, d in zip(fisher, delta)]
+        return 0.5 * torch.stack(halves).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Differentiable itself, so that Hessians of a penalised loss are right.
+        tensors = ctx.saved_tensors
+        third = len(tensors) // 3
+        fisher, star, theta = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
+        return (*[None] * (2 * third), *[(grad * f * (p - s)).to(p.dtype) for f, s, p in zip(fisher, star, theta)])
+
+
+def _share(x: Tensor) -> Tensor:
+    return x / (1 + x)
+
+
+def _check_fisher(fisher: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    for name, f in fisher.items():
+        if name not in parameters:
+            raise ValueError(f"The Fisher has an entry {name!r}, but the model has no such parameter.")
+        if f.shape != parameters[name].shape:
+            raise ValueError(
+                f"The Fisher of {name!r} has shape {tuple(f.shape)}, the parameter {tuple(parameters[name].shape)}."
+            )
+        if not torch.isfinite(f).all() or (f < 0).any():
+            raise ValueError(f"The Fisher of {name!r} must be finite and not negative.")

@@ -1,0 +1,384 @@
+r"""The diagonal of the Fisher information of a network with a softmax output.
+
+One example :math:`x` with logits :math:`z = f_\theta(x)` and :math:`p = \mathrm{softmax}(z)` has the Fisher
+:math:`J^\top (\mathrm{diag}\,p - pp^\top) J`, where :math:`J = \partial z / \partial\theta`. Every estimator here
+writes the matrix in the middle, or an unbiased guess of it, as :math:`\sum_k v_k v_k^\top`, so that the diagonal is
+:math:`\sum_k (J^\top v_k)^2`: a sum of squared gradients, one backward pass for each output vector :math:`v_k`.
+This module chooses the vectors; ``_layers`` pushes them back and squares, example by example.
+
+With several labels per example (logits of shape ``(N, C, *positions)``) the example's log probability is the sum
+over positions, and labels at different positions are independent given the input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from ewc import _layers
+
+ESTIMATORS = ("exact", "sampled", "probe", "empirical", "argmax")
+IGNORED = -100  # the label that torch's cross-entropy skips too: padding in dense prediction
+
+
+def diagonal(
+    model: nn.Module,
+    data: Dataset | DataLoader | Sequence[Tensor],
+    estimator: str = "exact",
+    *,
+    tolerance: float = 0.0,
+    batch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    classes: Sequence[int] | Tensor | None = None,
+) -> dict[str, Tensor]:
+    r"""Diagonal of the Fisher information of ``model`` on ``data``, the mean per example.
+
+    .. math:: F_{ii} = \frac1N \sum_{n=1}^N \sum_k \bigl(J_n^\top v_{nk}\bigr)_i^2
+
+    The estimators differ in the output vectors :math:`v_k` alone (:math:`p` is the softmax of the logits and
+    :math:`e_c` the unit vector of class :math:`c`):
+
+    - ``"exact"``: the expectation over the model's own labels; C − 1 vectors, a square root of
+      :math:`\mathrm{diag}\,p - pp^\top`. This is the Fisher information.
+    - ``"sampled"``: :math:`e_y - p` with one label drawn, :math:`y \sim p`. Unbiased for ``"exact"``.
+    - ``"probe"``: :math:`\sum_c \varepsilon_c \sqrt{p_c}\,(e_c - p)` with one random sign for each class. Unbiased
+      for ``"exact"``; the variance for one example is at most twice the squared mean.
+    - ``"empirical"``: :math:`e_y - p` with the label of the data. Not the Fisher information.
+    - ``"argmax"``: :math:`e_y - p` with the most probable label; biased, kept for comparison.
+
+    The pass runs in eval mode. Parameters, gradients, buffers, hooks and train/eval mode are left as they were. In
+    an initialised process group each rank passes its own shard, and every rank gets the mean over all of them.
+
+    Args:
+        model: any module that maps inputs ``(N, ...)`` to logits ``(N, C)`` or ``(N, C, *positions)``, one example
+            independent of the others.
+        data: a dataset or loader of ``(inputs, labels)``, or the pair of tensors itself. Labels are integers of
+            shape ``(N,)`` or ``(N, *positions)``; in the latter, positions labelled -100 do not count.
+        estimator: one of the five above.
+        tolerance: for ``"exact"`` only: the share of the total trace of :math:`\mathrm{diag}\,p - pp^\top` that may
+            be left out, smallest vectors first. The result is then too small by about this relative amount.
+        batch_size: examples in one pass; chosen by memory if not given. The result does not depend on it.
+        generator: source of the random labels and signs (on the CPU); torch's default if not given.
+        classes: the classes that the softmax runs over, for a head chosen by task; all of them if not given.
+
+    Returns:
+        Parameter name -> tensor of its shape, for every parameter that requires a gradient; float32 where the
+        parameter has half precision.
+
+    Raises:
+        ValueError: unknown estimator, empty data, labels out of range, logits of the wrong shape or not finite,
+            nothing to differentiate, a model that mixes the examples of a batch or is random in eval mode.
+        RuntimeError: a layer whose gradients per example cannot be had; the message names the parameter.
+
+    Implements: eq-fisher-exact, eq-fisher-sampled, eq-fisher-probe, eq-fisher-empirical, eq-fisher-argmax
+
+    References:
+        Kirkpatrick et al., *Overcoming catastrophic forgetting in neural networks*, 2017. Kunstner, Hennig and
+        Balles, *Limitations of the empirical Fisher approximation*, 2019.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"Unknown estimator {estimator!r}; choose one of {', '.join(map(repr, ESTIMATORS))}.")
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"tolerance is a share of the trace, at least 0 and below 1; got {tolerance!r}.")
+    if tolerance and estimator != "exact":
+        raise ValueError(f"tolerance shortens the exact estimator only; {estimator!r} takes a single vector.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
+
+    model = unwrap(model)
+    with _untouched(model), _progress(data) as bar:
+        engine = _layers.Engine(model, batch_size)
+        for x, y in _blocks(data):
+            x, y = engine.to_model(x), y.to(engine.device)
+            shortlist = _Shortlist(engine, x, y, classes, tolerance) if tolerance and len(x) else None
+            for rows in engine.chunks(x) if shortlist is None else shortlist.chunks(engine):
+                labels = y[rows]
+
+                def vectors(z: Tensor) -> Sequence[Tensor]:
+                    softmax = _Softmax(z, labels, classes)
+                    if estimator == "exact":
+                        return _Columns(softmax, shortlist and shortlist.columns(rows))
+                    return [softmax.vector(estimator, generator)]
+
+                engine.add(x[rows], vectors)
+                bar.update(len(labels))
+            engine.count += len(x)
+        return _mean(engine)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself inside DistributedDataParallel, DataParallel or torch.compile: same parameters, plain names."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+# ---- output vectors -------------------------------------------------------------------------------------------------
+
+
+class _Softmax:
+    """The output distribution of a batch, and the vectors of its single-vector estimators.
+
+    Works on logits brought to the shape (n, classes, positions), at least in float32. Every vector sums to zero over
+    the classes, so its largest entry is computed as minus the sum of the others: near interpolation 1 - p would
+    cancel and lose all digits.
+    """
+
+    def __init__(self, z: Tensor, labels: Tensor, classes: Sequence[int] | Tensor | None):
+        _check_logits(z, labels)
+        self.z = z.detach()
+        self.classes = _class_index(classes, z)
+        z = self.z.flatten(2) if z.dim() > 2 else self.z.unsqueeze(-1)
+        z = z if self.classes is None else z[:, self.classes]
+        self.log_p = z.to(_layers.accumulator(z.dtype)).log_softmax(1)
+        self.labels = labels.flatten(1) if labels.dim() > 1 else labels.unsqueeze(-1)
+        # Padding exists in dense prediction only; elsewhere -100 is a label out of range.
+        self.counted = self.labels != IGNORED if labels.dim() > 1 and not labels.is_floating_point() else None
+
+    def vector(self, estimator: str, generator: torch.Generator | None) -> Tensor:
+        """The one vector of "sampled", "probe", "empirical" or "argmax"; shape of the logits."""
+        if estimator == "probe":
+            # A sum of the columns sqrt(p_c) (e_c - p), each with its own sign.
+            signed = self.log_p.div(2).exp() * (_random(self.log_p, generator) < 0.5).mul(2).sub(1)
+            return self.restore(_balanced(signed - self.log_p.exp() * signed.sum(1, True), self.log_p.argmax(1, True)))
+        if estimator == "sampled":
+            # Gumbel's trick: exact however small the probability of a class.
+            noise = -_random(self.log_p, generator).log()
+            y = (self.log_p - noise.log()).argmax(1, True)
+        elif estimator == "empirical":
+            y = self._position_of_labels()
+        else:
+            y = self.log_p.argmax(1, True)
+        return self.restore(_balanced(-self.log_p.exp(), y))
+
+    def restore(self, v: Tensor) -> Tensor:
+        """A vector over (n, chosen classes, positions) as one over the model's logits."""
+        if self.counted is not None:
+            v = v * self.counted.unsqueeze(1)
+        v = v.to(self.z.dtype)
+        if self.classes is not None:
+            full = v.new_zeros(len(v), self.z.shape[1], v.shape[2])
+            v = full.index_copy_(1, self.classes, v)
+        return v.reshape(self.z.shape)
+
+    def _position_of_labels(self) -> Tensor:
+        y = self.labels if self.counted is None else self.labels.masked_fill(~self.counted, 0)
+        if y.is_floating_point():
+            raise ValueError('estimator "empirical" needs integer labels; the data hold floating-point targets.')
+        if self.classes is not None:
+            place = torch.full((self.z.shape[1],), -1, device=y.device)
+            place[self.classes] = torch.arange(len(self.classes), device=y.device)
+            y = place[y]
+            if (y if self.counted is None else y[self.counted]).lt(0).any():
+                raise ValueError(f"Some labels are outside the classes given: {self.classes.tolist()}.")
+        return y.clamp(min=0).unsqueeze(1)
+
+
+class _Columns(Sequence):
+    r"""The C - 1 columns of a square root of diag(p) - pp^T, computed one at a time.
+
+    With u = sqrt(p), m the most probable class and w = u + e_m, the matrix I - w w^T / (1 + u_m) is a Householder
+    reflection that maps e_m to -u. Hence diag(u) times it is a square root of diag(p) whose column m is -p; without
+    that column it is a square root of diag(p) - pp^T. Column j is u_j (e_j + q), with q_m = -u_m and
+    q_i = -p_i / (1 + u_m) elsewhere. As p_j <= 1/2 for j != m, no entry suffers from cancellation.
+
+    Implements: eq-householder-root
+    """
+
+    def __init__(self, softmax: _Softmax, chosen: tuple[Tensor, Tensor] | None = None):
+        self.softmax = softmax
+        log_p = softmax.log_p
+        self.u = log_p.div(2).exp()  # (n, C, T)
+        self.top = log_p.argmax(1, True)  # (n, 1, T)
+        u_top = self.u.gather(1, self.top)
+        self.q = (-log_p.exp() / (1 + u_top)).scatter(1, self.top, -u_top)
+        self.chosen = chosen
+        self.positions = range(log_p.shape[2])
+        if softmax.counted is not None:
+            self.positions = softmax.counted.any(0).nonzero().flatten().tolist()
+
+    def __len__(self) -> int:
+        return self.chosen[0].shape[1] if self.chosen else len(self.positions) * (self.u.shape[1] - 1)
+
+    def __getitem__(self, k: int) -> Tensor:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        n, classes, positions = self.u.shape
+        rows = torch.arange(n, device=self.u.device)
+        if self.chosen:
+            index, kept = self.chosen[0][:, k], self.chosen[1][:, k]
+            j, t = index // positions, index % positions
+        else:
+            place, j = divmod(k, classes - 1)
+            t = torch.full_like(rows, self.positions[place])
+            j = torch.full_like(rows, j)
+            j = torch.where(self.top[rows, 0, t] == j, classes - 1, j)  # the last class stands in for the top one
+            kept = None
+        u = self.u[rows, j, t]
+        if kept is not None:
+            u = u * kept
+        column = self.q[rows, :, t] * u[:, None]
+        column[rows, j] += u
+        if positions == 1:
+            return self.softmax.restore(column.unsqueeze(-1))
+        v = torch.zeros_like(self.u)
+        v[rows, :, t] = column
+        return self.softmax.restore(v)
+
+    def weights(self) -> Tensor:
+        """Squared length of every column, shape (n, C * T); 0 in the place of the column that is left out."""
+        w = self.u.square() * (1 + 2 * self.q + self.q.square().sum(1, True))
+        w = w.scatter(1, self.top, 0)
+        return (w if self.softmax.counted is None else w * self.softmax.counted.unsqueeze(1)).flatten(1)
+
+
+class _Shortlist:
+    """The columns that hold all but a share ``tolerance`` of the trace, and the examples sorted by their number."""
+
+    def __init__(self, engine: _layers.Engine, x: Tensor, y: Tensor, classes, tolerance: float):
+        with torch.no_grad():
+            weights = torch.cat([
+                _Columns(_Softmax(engine.model(x[rows]), y[rows], classes)).weights() for rows in engine.chunks(x)
+            ])
+        ordered = weights.flatten().sort().values
+        left_out = ordered.cumsum(0, dtype=torch.float64)
+        smallest = ordered[torch.searchsorted(left_out, tolerance * left_out[-1])]
+        numbers = (weights >= smallest).sum(1)
+        self.order = numbers.argsort(descending=True, stable=True)[: int((numbers > 0).sum())]
+        self.weights, self.smallest, self.numbers = weights, smallest, numbers
+
+    def chunks(self, engine: _layers.Engine) -> Iterable[Tensor]:
+        return self.order.split(engine.batch_size)
+
+    def columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the columns of these examples, largest first, and which of them count; both (n, K)."""
+        weights, index = self.weights[rows].topk(int(self.numbers[rows[0]]), dim=1)
+        return index, weights >= self.smallest
+
+
+def _balanced(v: Tensor, entry: Tensor) -> Tensor:
+    """Sets the given entry so that each vector sums to zero over the classes."""
+    v = v.scatter(1, entry, 0)
+    return v.scatter(1, entry, -v.sum(1, True))
+
+
+def _random(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in (0, 1]; drawn where the generator lives."""
+    device = generator.device if generator is not None else "cpu"
+    return (1 - torch.rand(like.shape, generator=generator, dtype=like.dtype, device=device)).to(like.device)
+
+
+# ---- checks and housekeeping ----------------------------------------------------------------------------------------
+
+
+def _check_logits(z: Tensor, labels: Tensor) -> None:
+    if z.dim() < 2 or z.shape[0] != len(labels):
+        raise ValueError(
+            f"The model returned shape {tuple(z.shape)} for {len(labels)} examples; it must return logits of shape "
+            "(examples, classes) or (examples, classes, *positions)."
+        )
+    if z.shape[1] < 2:
+        raise ValueError("The model has one output; a softmax needs at least two classes (axis 1 of the logits).")
+    if not torch.isfinite(z).all():
+        raise ValueError("The model's logits are not finite; check its weights and the scale of the inputs.")
+    if labels.shape[1:] != z.shape[2:]:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(z.shape)}; as in torch's "
+            "cross_entropy, axis 1 of the logits runs over the classes and the other axes are those of the labels."
+        )
+    if not labels.is_floating_point():
+        used = labels if labels.dim() == 1 else labels[labels != IGNORED]
+        if used.numel() and (used.min() < 0 or used.max() >= z.shape[1]):
+            raise ValueError(
+                f"Labels run from {int(used.min())} to {int(used.max())}, but the model has {z.shape[1]} classes: "
+                f"they must lie between 0 and {z.shape[1] - 1}."
+            )
+
+
+def _class_index(classes, z: Tensor) -> Tensor | None:
+    if classes is None:
+        return None
+    index = torch.as_tensor(classes, device=z.device)
+    if index.dtype == torch.bool and index.shape == z.shape[1:2]:
+        index = index.nonzero().flatten()
+    ok = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index) > 1
+    if not ok or index.unique().numel() < len(index) or index.min() < 0 or index.max() >= z.shape[1]:
+        raise ValueError(
+            f"classes must list at least two different indices between 0 and {z.shape[1] - 1}; got {classes!r}."
+        )
+    return index
+
+
+def _blocks(data) -> Iterator[tuple[Tensor, Tensor]]:
+    """The data as pairs of tensors, in as few blocks as they come."""
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data):
+        data = [tuple(data)]
+    elif isinstance(data, Dataset):
+        data = DataLoader(data, batch_size=512)
+    elif not isinstance(data, DataLoader):
+        raise TypeError(f"data must be a Dataset, a DataLoader or a pair of tensors; got {type(data).__name__}.")
+    for block in data:
+        if not (isinstance(block, (tuple, list)) and len(block) == 2 and all(isinstance(b, Tensor) for b in block)):
+            raise TypeError("data must hold pairs (inputs, labels), each of them one tensor with an axis of examples.")
+        x, y = block
+        if not (x.dim() and y.dim() and len(x) == len(y)):
+            raise ValueError(
+                f"Inputs {tuple(x.shape)} and labels {tuple(y.shape)} must share their first axis, the examples."
+            )
+        yield x, y
+
+
+def _mean(engine: _layers.Engine) -> dict[str, Tensor]:
+    """Sums divided by the count, both over all the processes of the group."""
+    count = torch.tensor(engine.count, dtype=torch.int64, device=engine.device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for total in (count, *engine.totals.values()):
+            torch.distributed.all_reduce(total)
+    if not count:
+        raise ValueError("The data hold no example; the Fisher information is a mean over at least one.")
+    fisher = {name: total / count for name, total in engine.totals.items()}
+    for name, value in fisher.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"The Fisher information of {name!r} is not finite; the gradients overflow.")
+    return fisher
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode with gradients on; puts back modes and buffers, whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(m, k, b, b._version, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
+    try:
+        model.eval()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, key, buffer, version, copy in buffers:
+                if buffer._version != version:
+                    buffer.copy_(copy)
+                module._buffers[key] = buffer
+
+
+@contextmanager
+def _progress(data) -> Iterator:
+    """A progress bar, on a terminal only and only after three seconds."""
+    from tqdm import tqdm
+
+    first = data[0] if isinstance(data, (tuple, list)) and data else getattr(data, "dataset", data)
+    total = len(first) if hasattr(first, "__len__") else None
+    with tqdm(total=total, desc="Fisher", unit=" examples", delay=3, leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield bar
