@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
 
 FILES = ("ewc/**/*.py", "benchmarks/**/*.py", "requirements.txt")
 KEEP = 8  # caches of earlier keys, so that going back to another scale or data set costs nothing
@@ -45,12 +46,12 @@ def settings() -> dict[str, str]:
 
     if os.environ.get("EWC_DATA"):  # kernels start in the chapters' folder: a relative path would lead elsewhere
         os.environ["EWC_DATA"] = str(Path(os.environ["EWC_DATA"]).expanduser().resolve())
-    data = " → ".join(task.name for task in tasks.pair())
-    os.environ["EWC_DATASET"] = "mnist" if "mnist" in data else "embedded"
+    if os.environ.get("EWC_DATASET", "auto") == "auto":
+        os.environ["EWC_DATASET"] = "mnist" if tasks.pair("cpu")[0].name == "mnist" else "embedded"
     os.environ["EWC_SCALE"] = tasks.scale()
     device = tasks.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"data": data, "scale": tasks.scale(), "device": name}
+    return {"data": os.environ["EWC_DATASET"], "scale": tasks.scale(), "device": name}
 
 
 def key(root: Path, **facts: dict[str, str]) -> str:
@@ -85,7 +86,22 @@ def on_config(app: Sphinx, config: Config) -> None:
     config.nb_execution_cache_path = str(here)
 
 
+def outdated(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """Pages that print a value glued in a page that is about to be read again."""
+    names = [Path(env.doc2path(page)).name + "::" for page in added | changed]
+    rest = env.found_docs - added - changed
+    return [page for page in rest if any(n in Path(env.doc2path(page)).read_text() for n in names)]
+
+
+def forget_failure(app: Sphinx, exception: Exception | None) -> None:
+    """After a failed build read every page again: Sphinx repeats no warning about a page that it does not read."""
+    if exception or app._warncount:
+        (Path(app.doctreedir) / "environment.pickle").unlink(missing_ok=True)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("ewc_key", "", "env")
     app.connect("config-inited", on_config, priority=100)
+    app.connect("env-get-outdated", outdated)
+    app.connect("build-finished", forget_failure)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

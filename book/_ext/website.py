@@ -1,31 +1,86 @@
-"""A site that needs nobody else's server: MathJax from the site itself, icons without Font Awesome's script."""
+"""A site that needs nobody else's server, and loads no more than it uses."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
+
+LOG = logging.getLogger(__name__)
 
 MATHJAX = ("tex-chtml.js", "ui/lazy.js", "input/tex/extensions/html.js", "output/chtml/fonts/woff-v2")
 
+# Every icon of the theme's buttons, by Font Awesome's class.
+ICONS = (
+    "angle-left angle-right arrow-up bars circle-half-stroke code download expand file file-lines file-pdf github "
+    "home lightbulb list magnifying-glass moon outdent pencil-alt play rocket sun xmark"
+).split()
+UNUSED = ("scripts/fontawesome.js", "scripts/fontawesome.js.LICENSE.txt", "vendor/fontawesome", "locales", "webpack-macros.html")
 
-def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
+
+def copy_mathjax(static: Path) -> None:
     """Copy the part of MathJax that the pages load from the installed package into the site."""
+    source = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+    for part in MATHJAX:
+        target = static / "mathjax" / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source / part, target)
+
+
+def icon_rules() -> str:
+    """CSS that draws the icons in `ICONS` as masks, with the outlines taken from the theme's Font Awesome script."""
+    theme = Path(importlib.util.find_spec("pydata_sphinx_theme").origin).parent
+    script = (theme / "theme/pydata_sphinx_theme/static/scripts/fontawesome.js").read_text(encoding="utf-8")
+    found = {}
+    for name, width, height, aliases, path in re.findall(
+        r'"?([\w-]+)"?:\[(\d+),(\d+),\[([^\]]*)\],"\w+",\s*"([^"]+)"\]', script
+    ):
+        for icon in (name, *re.findall(r'"([\w-]+)"', aliases)):
+            found.setdefault(icon, []).append((width, height, path))
+    rules = ["/* Outlines: Font Awesome Free, https://fontawesome.com, CC BY 4.0. */"]
+    for icon in ICONS:
+        width, height, path = found[icon][-1]  # the solid outline stands after the regular one
+        svg = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}'><path d='{path}'/></svg>"
+        rules.append(f'.fa-{icon} {{ --icon: url("data:image/svg+xml,{quote(svg, safe="")}"); }}')
+    return "\n".join(rules) + "\n"
+
+
+def finish(app: Sphinx, exception: Exception | None) -> None:
     if exception or app.builder.format != "html":
         return
-    source = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
-    target = Path(app.outdir) / "_static/mathjax"
-    for part in MATHJAX:
-        (target / part).parent.mkdir(parents=True, exist_ok=True)
-        if (source / part).is_dir():
-            shutil.copytree(source / part, target / part, dirs_exist_ok=True)
+    static = Path(app.outdir) / "_static"
+    copy_mathjax(static)
+    (static / "icons.css").write_text(icon_rules(), encoding="utf-8")
+    for path in (*(static / name for name in UNUSED), *static.rglob("*.map")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_alternatives(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Every picture says in words what it shows."""
+    for node in doctree.findall(lambda n: isinstance(n, (nodes.image, nodes.raw))):
+        if isinstance(node, nodes.image):
+            silent = not node.get("alt") or node["alt"].endswith((".png", ".svg", ".jpg"))
         else:
-            shutil.copy2(source / part, target / part)
+            drawings = re.findall(r"<(?:svg|img)\b[^>]*>", node.astext())
+            silent = any(not re.search(r'(aria-label|alt)="[^"]|aria-hidden="true"', tag) for tag in drawings)
+        if silent:
+            LOG.warning(
+                "a figure has no alternative text: end its cell with plotting.show(fig, alt='...')", location=page
+            )
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_css_file("icons.css", priority=890)
     app.add_css_file("book.css", priority=900)
-    app.connect("build-finished", copy_mathjax)
+    app.connect("doctree-resolved", check_alternatives)
+    app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
