@@ -1,17 +1,393 @@
-"""Sums of squared gradients per example: the engine behind `ewc.fisher`."""
+r"""Sums of squared gradients per example, :math:`\sum_n \sum_k (J_n^\top v_{nk})^2`: the engine behind `ewc.fisher`.
+
+The gradient of a layer's weight for one example is a product of the layer's input a and the gradient δ at its output.
+Forward hooks keep a; one backward pass to the layers' outputs, which skips the weights, gives δ for every example at
+once; the squares follow in closed form, and no gradient per example of the whole network is ever stored.
+
+A closed form is used for a parameter only if
+
+- the autograd graph shows that the recorded calls are the parameter's only uses, and
+- on a few examples its result equals that of plain autograd, one example at a time (`Engine._rehearse`).
+
+Every other parameter takes gradients per example through ``torch.func``, and if that fails, through a loop.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
+
+REHEARSED = 3  # examples on which every fast path is compared with plain autograd
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type that sums are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# ---- recording ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer that has a closed form, with what its backward pass needs."""
+
+    layer: nn.Module
+    input: Tensor
+    shape: torch.Size  # of the output
+    edge: GradientEdge  # where δ arrives; taken at once, so that a later in-place operation does not shift it
+    source: object | None  # the autograd node that made the input
+    version: int = field(init=False)
+
+    def __post_init__(self):
+        self.version = self.input._version
+
+    def is_intact(self, examples: int) -> bool:
+        """The input still holds what the layer saw, in whole rows for each example."""
+        rows = len(self.input) if self.input.dim() else 0
+        return self.version == self.input._version and rows and rows % examples == 0 and self.shape[0] == rows
+
+    def signature(self, examples: int) -> tuple:
+        return id(self.layer), len(self.input) / examples, self.input.shape[1:], self.shape[1:]
+
+
+def record(model: nn.Module, x: Tensor, wanted: dict[int, str]) -> tuple[Tensor, list[Call]]:
+    """Runs the model; returns its output and the calls of layers with closed forms. Leaves no hook behind."""
+    calls: list[Call] = []
+
+    def keep(layer, args, kwargs, output):
+        a = args[0] if args else kwargs.get("input")
+        if isinstance(output, Tensor) and output.requires_grad:
+            source = get_gradient_edge(a).node if a.requires_grad else None
+            calls.append(Call(layer, a.detach(), output.shape, get_gradient_edge(output), source))
+
+    with ExitStack() as hooks:
+        if not nn.modules.module._global_forward_hooks:  # these come first and may change an output
+            for layer in model.modules():
+                direct = layer._parameters.values()
+                if type(layer) in RULES and "forward" not in vars(layer) and any(id(p) in wanted for p in direct):
+                    hooks.callback(layer.register_forward_hook(keep, prepend=True, with_kwargs=True).remove)
+        return model(x), calls
+
+
+def closed_calls(z: Tensor, calls: list[Call], wanted: dict[int, str]) -> tuple[dict[str, list[Call]], set[str]]:
+    """For every parameter of which all uses in the graph of ``z`` are recorded calls, these calls; and all used ones."""
+    uses: dict[str, set] = {}
+    reached = _walk(z.grad_fn, None, wanted, uses)
+    explained: dict[str, list[set]] = {}
+    owners: dict[str, list[Call]] = {}
+    for call in calls:
+        if call.edge.node in reached:
+            mine: dict[str, set] = {}
+            _walk(call.edge.node, call.source, wanted, mine)
+            for name, edges in mine.items():
+                explained.setdefault(name, []).append(edges)
+                owners.setdefault(name, []).append(call)
+    closed = {
+        name: owners[name]
+        for name, edges in explained.items()
+        if all(len(e) == 1 for e in edges) and len(set().union(*edges)) == len(edges) == len(uses[name])
+    }
+    return closed, set(uses)
+
+
+def _walk(start, stop, wanted: dict[int, str], uses: dict[str, set]) -> set:
+    """All nodes below ``start`` but not below ``stop``; notes the graph's edges into wanted parameters in ``uses``."""
+    seen, todo = {start}, [start]
+    while todo:
+        node = todo.pop()
+        if node is stop:
+            continue
+        for i, (child, _) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            variable = getattr(child, "variable", None)
+            if variable is not None and id(variable) in wanted:
+                uses.setdefault(wanted[id(variable)], set()).add((node, i))
+            if child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return seen
+
+
+# ---- closed forms, layer by layer -----------------------------------------------------------------------------------
+# A rule says how the gradient of one parameter of a layer follows from the input a and δ, row by row of their first
+# axis. It is one of: an outer product summed over positions, a plain sum, or rows of a table.
+
+
+@dataclass
+class Outer:
+    """Gradient = sum over positions of left(δ) rightᵀ; left (R, groups, o, T), right (R, groups, i, T)."""
+
+    right: Tensor
+    left: Callable[[Tensor], Tensor]
+    swapped: bool = False  # the parameter is laid out as (groups, i, o)
+
+    @property
+    def kind(self) -> tuple:
+        return ("outer", self.swapped, self.right.shape[1:3])
+
+
+@dataclass
+class Sum:
+    """Gradient = value(δ), shape (R, *parameter)."""
+
+    value: Callable[[Tensor], Tensor]
+    kind = ("sum",)
+
+
+@dataclass
+class Table:
+    """Gradient: rows of δ (R, T, width) added at the places ``index`` (R, T) of a table."""
+
+    index: Tensor
+    skipped: int | None
+    kind = ("table",)
+
+
+def _linear(layer: nn.Linear, name: str, a: Tensor):
+    if a.dim() < 2:
+        return None
+    if name == "bias":
+        return Sum(lambda d: d.flatten(1, -2).sum(1) if d.dim() > 2 else d)
+    rows, width = len(a), a.shape[-1]
+    return Outer(
+        a.reshape(rows, 1, -1, width).transpose(2, 3),
+        lambda d: d.reshape(rows, 1, -1, d.shape[-1]).transpose(2, 3),
+    )
+
+
+def _conv(layer, name: str, a: Tensor):
+    dims = len(layer.kernel_size)
+    if a.dim() != dims + 2:
+        return None
+    if name == "bias":
+        return Sum(lambda d: d.flatten(2).sum(2))
+    padding = _paddings(layer)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    a = F.pad(a, padding, mode=mode) if any(padding) else a
+    return Outer(_windows(a, layer), lambda d: d.reshape(len(d), layer.groups, d.shape[1] // layer.groups, -1))
+
+
+def _conv_transpose(layer, name: str, a: Tensor):
+    dims = len(layer.kernel_size)
+    if a.dim() != dims + 2:
+        return None
+    if name == "bias":
+        return Sum(lambda d: d.flatten(2).sum(2))
+    # The adjoint of a convolution: input and δ change places.
+    padding = [p for p in reversed(layer.padding) for _ in range(2)]
+    size = a.shape[2:]
+    return Outer(
+        a.reshape(len(a), layer.groups, a.shape[1] // layer.groups, -1),
+        lambda d: _windows(F.pad(d, padding), layer, size),
+        swapped=True,
+    )
+
+
+def _paddings(layer) -> list[int]:
+    """As `F.pad` wants them: last axis first, before and after."""
+    padding = layer.padding
+    if padding == "valid":
+        padding = [0] * len(layer.kernel_size)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+        return [p for t in reversed(totals) for p in (t // 2, t - t // 2)]
+    return [p for q in reversed(padding) for p in (q, q)]
+
+
+def _windows(a: Tensor, layer, size: Sequence[int] | None = None) -> Tensor:
+    """What the kernel sees at each position: (R, groups, channels per group x kernel, positions)."""
+    dims, groups = len(layer.kernel_size), layer.groups
+    for i, (k, s, d) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
+        a = a.unfold(2 + i, (k - 1) * d + 1, s)[..., ::d]
+        if size is not None:
+            a = a.narrow(2 + i, 0, size[i])
+    a = a.movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0)))  # (R, C, *kernel, *positions)
+    return a.reshape(len(a), groups, -1, math.prod(a.shape[-dims:]))
+
+
+def _layer_norm(layer, name: str, a: Tensor):
+    shape = tuple(layer.normalized_shape)
+    if a.dim() <= len(shape):
+        return None
+    if name == "weight":
+        a = F.rms_norm(a, shape, None, layer.eps) if type(layer) is nn.RMSNorm else F.layer_norm(a, shape, None, None, layer.eps)
+
+    def value(d: Tensor) -> Tensor:
+        g = d * a if name == "weight" else d
+        return g.reshape(len(g), -1, *shape).sum(1)
+
+    return Sum(value)
+
+
+def _channel_norm(layer, name: str, a: Tensor):
+    if a.dim() < 2:
+        return None
+    if name == "weight":
+        if type(layer) is nn.GroupNorm:
+            a = F.group_norm(a, layer.num_groups, None, None, layer.eps)
+        elif layer.running_mean is None:
+            if type(layer) not in INSTANCE_NORMS:
+                return None
+            a = F.instance_norm(a, eps=layer.eps)
+        else:
+            shape = (1, -1, *[1] * (a.dim() - 2))
+            a = (a - layer.running_mean.view(shape)) * (layer.running_var.view(shape) + layer.eps).rsqrt()
+
+    def value(d: Tensor) -> Tensor:
+        g = d * a if name == "weight" else d
+        return g.flatten(2).sum(2) if g.dim() > 2 else g
+
+    return Sum(value)
+
+
+def _embedding(layer: nn.Embedding, name: str, a: Tensor):
+    return None if layer.scale_grad_by_freq or a.dim() < 1 else Table(a.reshape(len(a), -1), layer.padding_idx)
+
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+RULES = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, *INSTANCE_NORMS), _channel_norm),
+}
+
+
+# ---- squares of these gradients, added up over examples and vectors ----------------------------------------------------
+
+
+class Product:
+    """Squares of outer products. All calls of the parameter count as further positions of the same example."""
+
+    def __init__(self, rules: list[Outer], examples: int, budget: int):
+        self.rules, self.examples, self.budget = rules, examples, budget
+        self.right = self._by_example([r.right for r in rules])
+        self.waiting: list[Tensor] = []
+        self.squared: Tensor | None = None  # one position only: the product of squares, taken once at the end
+        self.total: Tensor | None = None
+
+    def _by_example(self, parts: list[Tensor]) -> Tensor:
+        """(R, g, o, T) of each call -> (examples, g, o, all positions)."""
+        parts = [
+            p if len(p) == self.examples
+            else p.unflatten(0, (self.examples, -1)).movedim(1, -2).flatten(-2)
+            for p in parts
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def add(self, deltas: list[Tensor]) -> None:
+        left = self._by_example([rule.left(d) for rule, d in zip(self.rules, deltas)])
+        if left.shape[-1] == 1:
+            if self.squared is None:
+                self.squared = left.square()
+            else:
+                self.squared.addcmul_(left, left)
+            return
+        self.waiting.append(left)
+        if sum(d.numel() for d in self.waiting) > self.budget:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.waiting:
+            return
+        left = torch.stack(self.waiting, 2) if len(self.waiting) > 1 else self.waiting[0].unsqueeze(2)
+        n, groups, vectors, o, _ = left.shape
+        i = self.right.shape[2]
+        left = left.flatten(2, 3)
+        step = max(1, self.budget // (groups * vectors * o * i))
+        for s in range(0, n, step):
+            g = left[s : s + step] @ self.right[s : s + step].transpose(2, 3)  # (n, groups, vectors * o, i)
+            part = g.unflatten(2, (vectors, o)).square_().sum((0, 2), dtype=accumulator(g.dtype))
+            self.total = part if self.total is None else self.total.add_(part)
+        self.waiting = []
+
+    def finish(self) -> Tensor:
+        self._flush()
+        if self.squared is not None:
+            kind = accumulator(self.squared.dtype)
+            d = self.squared.squeeze(-1).to(kind)  # (n, groups, o)
+            a = self.right.squeeze(-1).to(kind).square()
+            self.total = d.movedim(0, -1) @ a.movedim(0, 1)
+        return self.total.transpose(1, 2) if self.rules[0].swapped else self.total
+
+
+class Added:
+    """Squares of plain sums over positions and calls."""
+
+    def __init__(self, rules: list[Sum], examples: int, budget: int):
+        self.rules, self.examples = rules, examples
+        self.total: Tensor | None = None
+
+    def add(self, deltas: list[Tensor]) -> None:
+        parts = [rule.value(d).unflatten(0, (self.examples, -1)).sum(1) for rule, d in zip(self.rules, deltas)]
+        g = sum(parts)
+        part = g.square().sum(0, dtype=accumulator(g.dtype))
+        self.total = part if self.total is None else self.total.add_(part)
+
+    def finish(self) -> Tensor:
+        return self.total
+
+
+class Scattered:
+    """Squares of rows of a table, after the rows that one example uses more than once have been added."""
+
+    def __init__(self, rules: list[Table], examples: int, budget: int, height: int):
+        self.examples = examples
+        self.height, self.skipped = height, rules[0].skipped
+        index = torch.cat([r.index.reshape(examples, -1) for r in rules], 1)
+        example = torch.arange(examples, device=index.device).unsqueeze(1)
+        self.key, self.place = torch.unique(index + height * example, return_inverse=True)
+        self.squared: Tensor | None = None
+
+    def add(self, deltas: list[Tensor]) -> None:
+        d = torch.cat([d.reshape(self.examples, -1, d.shape[-1]) for d in deltas], 1).flatten(0, 1)
+        rows = d.new_zeros(len(self.key), d.shape[1]).index_add_(0, self.place.flatten(), d)
+        rows = rows.to(accumulator(d.dtype)).square_()
+        self.squared = rows if self.squared is None else self.squared.add_(rows)
+
+    def finish(self) -> Tensor:
+        total = self.squared.new_zeros(self.height, self.squared.shape[1])
+        total.index_add_(0, self.key % self.height, self.squared)
+        if self.skipped is not None:
+            total[self.skipped] = 0
+        return total
+
+
+def closed_forms(calls: dict[str, list[Call]], parameters: dict[str, Tensor], examples: int, budget: int) -> dict:
+    """For every parameter whose calls all have a rule of one kind: the object that adds up its squares."""
+    forms = {}
+    for name, own in calls.items():
+        p = parameters[name]
+        if not all(call.is_intact(examples) for call in own):
+            continue
+        rules = []
+        for call in own:
+            local = [k for k, q in call.layer._parameters.items() if q is p]
+            rules += [RULES[type(call.layer)](call.layer, k, call.input) for k in local]
+        if len(rules) != len(own) or None in rules or len({rule.kind for rule in rules}) != 1:
+            continue
+        if isinstance(rules[0], Outer):
+            forms[name] = Product(rules, examples, budget)
+        elif isinstance(rules[0], Sum):
+            forms[name] = Added(rules, examples, budget)
+        elif len({rule.skipped for rule in rules}) == 1:
+            forms[name] = Scattered(rules, examples, budget, len(p))
+    return forms
+
+
+# ---- the engine -----------------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -22,38 +398,182 @@ class Engine:
         self.wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.wanted:
             raise ValueError("No parameter of the model requires a gradient, so there is nothing to measure.")
-        self.device = next(iter(self.wanted.values())).device
+        for name, layer in model.named_modules():
+            if getattr(layer, "max_norm", None) is not None:
+                raise ValueError(f"Layer {name!r} has max_norm, which changes its weights in every forward pass.")
+        self.names = {id(p): name for name, p in self.wanted.items()}
+        first = next(iter(self.wanted.values()))
+        self.device, self.dtype = first.device, first.dtype
         self.totals = {
             name: torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device) for name, p in self.wanted.items()
         }
         self.count = 0
-        self.batch_size = batch_size or 256
+        cuda = self.device.type == "cuda"
+        self.budget = (2**26 if cuda else 2**21)  # numbers in one temporary tensor
+        self.batch_size = batch_size
+        self.largest_batch = 8192 if cuda else 1024
+        self.rehearsed = False
+        self.trusted: dict[str, set] = {}  # closed forms that passed the rehearsal, with the shapes they passed for
+        self.refused: set[str] = set()  # closed forms that did not
+        self.looped: set[str] = set()  # parameters that torch.func cannot do
 
     def to_model(self, x: Tensor) -> Tensor:
         """Inputs on the model's device and, if they are floating-point numbers, in its precision."""
-        dtype = next(iter(self.wanted.values())).dtype
-        return x.to(self.device, dtype if x.is_floating_point() else None)
+        return x.to(self.device, self.dtype if x.is_floating_point() else None)
 
     def chunks(self, x: Tensor) -> Iterable[slice]:
-        return [slice(i, i + self.batch_size) for i in range(0, len(x), self.batch_size)]
+        """Slices of the examples that fit the memory budget."""
+        return [slice(i, i + self.examples_at_once(x)) for i in range(0, len(x), self.examples_at_once(x))]
 
-    def add(self, x: Tensor, vectors: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        with torch.no_grad():
-            z = self.model(x)
-        v = torch.stack([*vectors(z)], 1)
-        names = list(self.wanted)
-        frozen = {n: p.detach() for n, p in self.model.named_parameters() if n not in self.wanted}
+    def examples_at_once(self, x: Tensor) -> int:
+        if self.batch_size is None:
+            _, calls = record(self.model, x[:1], self.names)
+            kernel = [math.prod(getattr(c.layer, "kernel_size", (1,))) for c in calls]
+            size = x[:1].numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel))
+            self.batch_size = max(16, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
+        return self.batch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of some examples, without a graph; `backward` refers to these examples."""
+        self.x = x
+        self.z, self.calls = record(self.model, x, self.names)
+        if not isinstance(self.z, Tensor):
+            raise ValueError(f"The model returned a {type(self.z).__name__}; it must return the logits, one tensor.")
+        return self.z.detach()
+
+    def backward(self, vectors: Sequence[Tensor]) -> None:
+        """Adds (J^T v)^2 of the examples of the last `forward`, for every vector (each of the shape of the logits)."""
+        x, z, calls = self.x, self.z, self.calls
+        self.x = self.z = self.calls = None
+        if not z.requires_grad:
+            raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
+        owners, used = closed_calls(z, calls, self.names)
+        marks = {name: tuple(c.signature(len(x)) for c in own) for name, own in owners.items()}
+        if not self.rehearsed or any(
+            marks[name] not in self.trusted.get(name, ()) for name in owners if name not in self.refused
+        ):
+            self._rehearse(x[:REHEARSED])
+        owners = {name: own for name, own in owners.items() if marks[name] in self.trusted.get(name, ())}
+        sums = self._closed(owners, z, vectors)
+        del z, calls, owners  # the graph
+        rest = [name for name in self.wanted if name in used and name not in sums]
+        sums |= self._per_example([name for name in rest if name not in self.looped], x, vectors)
+        sums |= self._one_by_one([name for name in rest if name not in sums], x, vectors)
+        for name, value in sums.items():
+            self.totals[name] += value.view_as(self.totals[name])
+
+    def _closed(self, owners: dict[str, list[Call]], z: Tensor, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+        forms = closed_forms(owners, self.wanted, len(z), self.budget)
+        if not forms:
+            return {}
+        calls = list({call: None for name in forms for call in owners[name]})
+        for k in range(len(vectors)):
+            grads = torch.autograd.grad(
+                z, [c.edge for c in calls], vectors[k], retain_graph=k < len(vectors) - 1, allow_unused=True
+            )
+            deltas = {c: z.new_zeros(c.shape) if g is None else g for c, g in zip(calls, grads)}
+            for name, form in forms.items():
+                form.add([deltas[c] for c in owners[name]])
+        return {name: form.finish() for name, form in forms.items()}
+
+    def _per_example(self, names: list[str], x: Tensor, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Gradients of some parameters example by example through ``torch.func``, within the memory budget."""
+        if not names:
+            return {}
+        fixed = {n: p.detach() for n, p in self.model.named_parameters() if n not in names}
+        params = {n: self.wanted[n].detach() for n in names}
 
         def squares(params, one, columns):
             def f(p):
-                return functional_call(self.model, {**frozen, **p}, (one.unsqueeze(0),)).squeeze(0)
+                return functional_call(self.model, {**fixed, **p}, (one.unsqueeze(0),)).squeeze(0)
 
-            pull = vjp(f, params)[1]
-            return {name: g.square().sum(0) for name, g in vmap(pull)(columns)[0].items()}
+            grads = vmap(vjp(f, params)[1])(columns)[0]
+            return {n: g.to(accumulator(g.dtype)).square().sum(0) for n, g in grads.items()}
 
-        params = {n: p.detach() for n, p in self.wanted.items()}
-        size = max(1, 2**24 // sum(p.numel() for p in params.values()) // v.shape[1])
-        for i in range(0, len(x), size):
-            out = vmap(squares, in_dims=(None, 0, 0))(params, x[i : i + size], v[i : i + size])
-            for name in names:
-                self.totals[name] += out[name].sum(0)
+        size = sum(p.numel() for p in params.values())
+        across = max(1, min(len(vectors), 4 * self.budget // size))
+        along = max(1, 4 * self.budget // (size * across))
+        sums = {n: torch.zeros_like(self.totals[n]) for n in names}
+        try:
+            for k in range(0, len(vectors), across):
+                columns = torch.stack([vectors[j] for j in range(k, min(k + across, len(vectors)))], 1)
+                for i in range(0, len(x), along):
+                    part = vmap(squares, in_dims=(None, 0, 0))(params, x[i : i + along], columns[i : i + along])
+                    for n in names:
+                        sums[n] += part[n].sum(0)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # torch.func refuses with errors of every kind; autograd decides in `_one_by_one`
+            self.looped.update(names)
+            return {}
+        return sums
+
+    def _one_by_one(self, names: list[str], x: Tensor, vectors: Sequence[Tensor], z: Tensor | None = None):
+        """The definition itself: one example at a time, one gradient for every vector."""
+        sums = {n: torch.zeros_like(self.totals[n]) for n in names}
+        params = [self.wanted[n] for n in names]
+        for i in range(len(x) if names else 0):
+            try:
+                one = self.model(x[i : i + 1])
+                if z is not None:
+                    self._check_alone(one, z[i : i + 1])
+                for k in range(len(vectors)):
+                    v, last = vectors[k][i : i + 1], k == len(vectors) - 1
+                    for n, g in zip(names, torch.autograd.grad(one, params, v, retain_graph=not last, allow_unused=True)):
+                        if g is not None:
+                            g = g.to_dense() if g.is_sparse else g
+                            sums[n] += g.to(sums[n].dtype).square()
+            except (RuntimeError, NotImplementedError) as error:
+                raise RuntimeError(
+                    f"No gradients per example for parameter {names[0]!r}"
+                    + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+                    + f": autograd failed with: {error}"
+                ) from error
+        return sums
+
+    def _check_alone(self, one: Tensor, among: Tensor) -> None:
+        if one.shape != among.shape:
+            raise ValueError(
+                f"For one example the model returned shape {tuple(one.shape)} instead of {tuple(among.shape)}; "
+                "the first axis of inputs and logits must be that of the examples."
+            )
+        if not _agree(one.detach(), among.detach(), 0.0):
+            raise ValueError(
+                "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
+                "normalisation without running statistics? examples not on the first axis?) or is random in eval "
+                "mode, so it has no Fisher information per example."
+            )
+
+    def _rehearse(self, x: Tensor) -> None:
+        """Compares every fast path with plain autograd on a few examples and a random vector; keeps those that agree."""
+        z, calls = record(self.model, x, self.names)
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        v = [noise.to(z.device, z.dtype)]
+        owners, _ = closed_calls(z, calls, self.names)
+        fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
+        truth = self._one_by_one(list(self.wanted), x, v, z.detach())
+        largest = max(float(t.max()) for t in truth.values())
+
+        def agrees(name: str, value: Tensor) -> bool:
+            return _agree(value.view_as(truth[name]), truth[name], largest, self.wanted[name].dtype)
+
+        for name, value in fast.items():
+            if not agrees(name, value):
+                self.refused.add(name)
+            elif truth[name].any():  # zeros prove nothing: look again at the next chunk
+                mark = tuple(c.signature(len(x)) for c in owners[name])
+                self.trusted.setdefault(name, set()).add(mark)
+        if not self.rehearsed:
+            slow = [name for name in self.wanted if name not in self.trusted]
+            for name, value in self._per_example(slow, x, v).items():
+                if not agrees(name, value):
+                    self.looped.add(name)
+        self.rehearsed = True
+
+
+def _agree(a: Tensor, b: Tensor, largest: float, dtype: torch.dtype | None = None) -> bool:
+    """Equal up to rounding. A gradient that is zero but for rounding is judged against the ``largest`` square."""
+    eps = torch.finfo(dtype or b.dtype).eps
+    tolerance = {torch.float64: 1e-6, torch.float32: 2e-3}.get(dtype or b.dtype, 0.2)
+    floor = min(1e-3, (100 * eps) ** 2) * largest * math.sqrt(b.numel())
+    return float((a - b).norm()) <= tolerance * float(b.norm()) + floor

@@ -163,7 +163,7 @@ class EWC:
             first = next(model.parameters(), torch.zeros(()))
             return torch.zeros((), device=first.device, dtype=first.dtype)
         parameters = self._matched(model)
-        return self.strength * (_Quadratic.apply(*self._stored(), *parameters) + self.constant)
+        return self.strength * (_Quadratic.apply(*self.fisher.values(), *self.theta_star.values(), *parameters) + self.constant)
 
     @torch.no_grad()
     def add_gradient(self, model: nn.Module) -> None:

@@ -96,17 +96,13 @@ def diagonal(
         for x, y in _blocks(data):
             x, y = engine.to_model(x), y.to(engine.device)
             shortlist = _Shortlist(engine, x, y, classes, tolerance) if tolerance and len(x) else None
-            for rows in engine.chunks(x) if shortlist is None else shortlist.chunks(engine):
-                labels = y[rows]
-
-                def vectors(z: Tensor) -> Sequence[Tensor]:
-                    softmax = _Softmax(z, labels, classes)
-                    if estimator == "exact":
-                        return _Columns(softmax, shortlist and shortlist.columns(rows))
-                    return [softmax.vector(estimator, generator)]
-
-                engine.add(x[rows], vectors)
-                bar.update(len(labels))
+            for rows in shortlist.chunks(engine) if shortlist else engine.chunks(x):
+                softmax = _Softmax(engine.forward(x[rows]), y[rows], classes)
+                if estimator == "exact":
+                    engine.backward(_Columns(softmax, shortlist and shortlist.columns(rows)))
+                else:
+                    engine.backward([softmax.vector(estimator, generator)])
+                bar.update(len(softmax.z))
             engine.count += len(x)
         return _mean(engine)
 
@@ -247,7 +243,7 @@ class _Shortlist:
     def __init__(self, engine: _layers.Engine, x: Tensor, y: Tensor, classes, tolerance: float):
         with torch.no_grad():
             weights = torch.cat([
-                _Columns(_Softmax(engine.model(x[rows]), y[rows], classes)).weights() for rows in engine.chunks(x)
+                _Columns(_Softmax(engine.forward(x[rows]), y[rows], classes)).weights() for rows in engine.chunks(x)
             ])
         ordered = weights.flatten().sort().values
         left_out = ordered.cumsum(0, dtype=torch.float64)
@@ -257,7 +253,7 @@ class _Shortlist:
         self.weights, self.smallest, self.numbers = weights, smallest, numbers
 
     def chunks(self, engine: _layers.Engine) -> Iterable[Tensor]:
-        return self.order.split(engine.batch_size)
+        return self.order.split(engine.batch_size) if len(self.order) else ()
 
     def columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the columns of these examples, largest first, and which of them count; both (n, K)."""
