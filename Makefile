@@ -1,0 +1,39 @@
+# make book | test | lab | serve | pdf | clean.  Each recipe is what a person would type.
+PYTHON ?= python3
+PORT   ?= 8000
+BIN    := .venv/bin
+READY  := .venv/.ready
+
+.PHONY: book test lab serve pdf lint clean
+
+book: $(READY)
+	$(BIN)/jupyter-book clean . > /dev/null
+	$(BIN)/jupyter-book build . -W -n --keep-going
+	@echo "The book is in _build/html: open _build/html/book/intro.html, or run 'make serve'."
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir=book
+
+serve:
+	@test -f _build/html/index.html || { echo "There is no book yet: run 'make book' first."; exit 1; }
+	@echo "http://localhost:$(PORT)/book/intro.html"
+	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+
+# The environment: made once, made again when requirements.txt changes.
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null || { \
+	  echo "This book needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { \
+	  echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv) and try again."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
