@@ -1,0 +1,60 @@
+"""Parts of a page that the extensions share: something to unfold, and a table."""
+
+from docutils import nodes
+from sphinx import addnodes
+
+
+class fold(nodes.General, nodes.Element):
+    """`<details>`; its first child is a `fold_summary`. Works by mouse and keyboard, and without JavaScript."""
+
+
+class fold_summary(nodes.General, nodes.TextElement):
+    """`<summary>`: the line that is always visible."""
+
+
+def folded(summary, *children, classes=()):
+    """A fold whose summary is the given nodes."""
+    return fold("", fold_summary("", "", *summary), *children, classes=list(classes))
+
+
+def table(head, rows, name):
+    """A table; each cell is a list of inline nodes."""
+
+    def row(cells):
+        return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", *cell)) for cell in cells))
+
+    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
+    group += nodes.thead("", row([nodes.Text(text)] for text in head))
+    group += nodes.tbody("", *map(row, rows))
+    return nodes.table("", group, classes=[name])
+
+
+def pages(env):
+    """The documents in reading order."""
+    todo, seen = [env.config.root_doc], []
+    while todo:
+        page = todo.pop()
+        if page not in seen:
+            seen.append(page)
+            todo += reversed(env.toctree_includes.get(page, []))
+    return seen + sorted(env.found_docs - set(seen))
+
+
+def page_link(env, page):
+    """A link to a page by its title, to be resolved by Sphinx."""
+    title = nodes.inline("", env.titles[page].astext())
+    return addnodes.pending_xref(
+        "", title, refdomain="std", reftype="doc", reftarget=f"/{page}", refdoc=env.docname, refexplicit=True
+    )
+
+
+def setup(app):
+    for node, tag in ((fold, "details"), (fold_summary, "summary")):
+        app.add_node(
+            node,
+            html=(
+                lambda self, node, tag=tag: self.body.append(self.starttag(node, tag)),
+                lambda self, node, tag=tag: self.body.append(f"</{tag}>\n"),
+            ),
+        )
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

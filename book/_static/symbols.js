@@ -1,0 +1,79 @@
+// Symbols light up in the formulas and in the code together, and say what they are.
+// The page carries the data as JSON; formulas carry `sym sym-NAME` classes, set when the book is built.
+(() => {
+  const holder = document.getElementById("symbols-data");
+  if (!holder) return;
+  const { symbols, codes } = JSON.parse(holder.textContent);
+
+  const identifiers = ".cell_input .highlight .n, .highlight-python .n, code.literal > .pre";
+  for (const element of document.querySelectorAll(identifiers)) {
+    if (Object.hasOwn(codes, element.textContent)) element.dataset.sym = codes[element.textContent];
+  }
+
+  const tip = document.createElement("div");
+  tip.id = "symbol-tip";
+  tip.setAttribute("role", "tooltip");
+  tip.hidden = true;
+  // One rule in one style sheet, so that formulas that are typeset later light up too.
+  const rule = document.createElement("style");
+  document.body.append(tip);
+  document.head.append(rule);
+
+  const nameOf = element => element.dataset.sym ?? [...element.classList].find(c => c.startsWith("sym-"))?.slice(4);
+
+  function symbolAt(target) {
+    const element = target instanceof Element ? target.closest(".sym, [data-sym]") : null;
+    return element && Object.hasOwn(symbols, nameOf(element)) ? element : null;
+  }
+
+  function show(element) {
+    const name = nameOf(element);
+    const { name: title, meaning, shape, unit } = symbols[name];
+    rule.textContent = `.sym-${name}, [data-sym="${name}"] {
+      background: var(--symbol-background); outline: 2px solid var(--symbol-outline); border-radius: 2px; }`;
+    const strong = document.createElement("strong");
+    strong.textContent = title;
+    const facts = document.createElement("span");
+    facts.textContent = `shape: ${shape}; unit: ${unit}`;
+    tip.replaceChildren(strong, `: ${meaning}`, facts);
+    tip.hidden = false;
+    const box = element.getBoundingClientRect();
+    const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
+    const above = box.top - tip.offsetHeight - 8;
+    tip.style.left = `${Math.max(8, left)}px`;
+    tip.style.top = `${above > 60 ? above : box.bottom + 8}px`;
+  }
+
+  function hide() {
+    tip.hidden = true;
+    rule.textContent = "";
+  }
+
+  function follow(event) {
+    if (tip.contains(event.target)) return; // the pointer may rest on the explanation
+    const element = symbolAt(event.target);
+    if (element) show(element);
+    else hide();
+  }
+
+  document.addEventListener("pointerover", follow);
+  document.addEventListener("pointerdown", follow); // a tap
+  document.addEventListener("focusin", event => { if (event.target.matches("button.symbol")) show(event.target); });
+  document.addEventListener("focusout", hide);
+  document.addEventListener("scroll", hide, { passive: true });
+
+  // A formula is one stop of the Tab key; inside it the arrow keys go from symbol to symbol.
+  let at = -1;
+  document.addEventListener("keydown", event => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (event.key === "Escape") { hide(); at = -1; }
+    const formula = document.activeElement?.closest("mjx-container");
+    if (!step || !formula) return;
+    const inside = [...formula.querySelectorAll(".sym")].filter(e => !e.closest("mjx-assistive-mml") && symbolAt(e));
+    if (!inside.length) return;
+    event.preventDefault();
+    at = at < 0 && step < 0 ? inside.length - 1 : (at + step + inside.length) % inside.length;
+    show(inside[at]);
+  });
+  document.addEventListener("focusin", () => { at = -1; });
+})();
