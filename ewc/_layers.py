@@ -15,6 +15,7 @@ Every other parameter takes gradients per example through ``torch.func``, and if
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 REHEARSED = 3  # examples on which every fast path is compared with plain autograd
 
@@ -460,7 +462,7 @@ class Engine:
         sums |= self._per_example([name for name in rest if name not in self.looped], x, vectors)
         sums |= self._one_by_one([name for name in rest if name not in sums], x, vectors)
         for name, value in sums.items():
-            self.totals[name] += value.view_as(self.totals[name])
+            self.totals[name] += value.reshape(self.totals[name].shape)
 
     def _closed(self, owners: dict[str, list[Call]], z: Tensor, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         forms = closed_forms(owners, self.wanted, len(z), self.budget)
@@ -490,17 +492,25 @@ class Engine:
             grads = vmap(vjp(f, params)[1])(columns)[0]
             return {n: g.to(accumulator(g.dtype)).square().sum(0) for n, g in grads.items()}
 
+        # Recurrent layers write in place into states that vmap takes for shared, unless the weights are batched too.
+        batched = any(isinstance(layer, nn.RNNBase) for layer in self.model.modules())
         size = sum(p.numel() for p in params.values())
         across = max(1, min(len(vectors), 4 * self.budget // size))
         along = max(1, 4 * self.budget // (size * across))
         sums = {n: torch.zeros_like(self.totals[n]) for n in names}
         try:
-            for k in range(0, len(vectors), across):
-                columns = torch.stack([vectors[j] for j in range(k, min(k + across, len(vectors)))], 1)
-                for i in range(0, len(x), along):
-                    part = vmap(squares, in_dims=(None, 0, 0))(params, x[i : i + along], columns[i : i + along])
-                    for n in names:
-                        sums[n] += part[n].sum(0)
+            with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for fused attention
+                warnings.simplefilter("ignore")  # "performance drop": still faster than one by one
+                for k in range(0, len(vectors), across):
+                    columns = torch.stack([vectors[j] for j in range(k, min(k + across, len(vectors)))], 1)
+                    for i in range(0, len(x), along):
+                        rows = x[i : i + along]
+                        weights = {n: p.expand(len(rows), *p.shape) for n, p in params.items()} if batched else params
+                        part = vmap(squares, in_dims=(0 if batched else None, 0, 0))(
+                            weights, rows, columns[i : i + along]
+                        )
+                        for n in names:
+                            sums[n] += part[n].sum(0)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # torch.func refuses with errors of every kind; autograd decides in `_one_by_one`
@@ -555,7 +565,7 @@ class Engine:
         largest = max(float(t.max()) for t in truth.values())
 
         def agrees(name: str, value: Tensor) -> bool:
-            return _agree(value.view_as(truth[name]), truth[name], largest, self.wanted[name].dtype)
+            return _agree(value.reshape(truth[name].shape), truth[name], largest, self.wanted[name].dtype)
 
         for name, value in fast.items():
             if not agrees(name, value):
