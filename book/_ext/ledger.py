@@ -29,8 +29,8 @@ LOG = logging.getLogger(__name__)
 
 # kind: (mark beside the number, what it says in full, counted as)
 KINDS = {
-    "definition": ("definition", "Definition", "definitions"),
-    "assumption": ("assumption", "Assumption", "assumptions"),
+    "definition": ("definition", "Definition", "by definition"),
+    "assumption": ("assumption", "Assumption", "assumed"),
     "exact": ("✓ exact", "Verified exactly", "verified exactly"),
     "numeric": ("✓ numeric", "Verified numerically", "verified numerically"),
     "sampled": ("✓ sampled", "Verified by sampling", "verified by sampling"),
@@ -120,7 +120,7 @@ def collect(app, doctree):
             page["equations"][label] = node.line
         elif label:
             page["problems"].append((node.line, f"equation's label {label!r} must begin with eq-"))
-        elif not _excused(node):
+        elif not (parts.secondary(node) or _in_derivation(node)):
             start = " ".join(node.astext().split())[:60]
             message = f"display equation without a label: {start!r}. Write $$ ... $$ (eq-some-name)"
             page["problems"].append((node.line, message))
@@ -135,22 +135,12 @@ def _anchor_check(raw, earlier, label, kind, text):
     anchor = f"check-{label}" + (f"-{again + 1}" if again else "")
     text = html.unescape(text)
     line = nodes.paragraph("", "✓ ", equation_link(label=label), nodes.Text(f" {text}"), classes=["check"])
-    (_ancestor(raw, "mime_bundle") or raw).replace_self(line)
-    (_ancestor(line, "cell_code") or line)["ids"].append(anchor)
+    (parts.ancestor(raw, "mime_bundle") or raw).replace_self(line)
+    (parts.ancestor(line, "cell_code") or line)["ids"].append(anchor)
     return {"label": label, "kind": kind, "text": text, "anchor": anchor}
 
 
-def _ancestor(node, nb_element):
-    """The part of a notebook's cell that the node is in."""
-    while node := node.parent:
-        if isinstance(node, nodes.container) and node.get("nb_element") == nb_element:
-            return node
-
-
-def _excused(node):
-    """What a cell computed and printed, and the steps of a derivation, need no label of their own."""
-    if _ancestor(node, "cell_code_output"):
-        return True
+def _in_derivation(node):
     while node := node.parent:
         if "derivation" in getattr(node, "attributes", {}):
             return True
@@ -343,10 +333,10 @@ class Write(SphinxPostTransform):
         """How the equation is known, in a word that leads to the check."""
         kind = row["kind"]
         if kind is None:
-            return nodes.inline("", "unverified", classes=["mark"])
+            return nodes.inline("", "unverified", classes=["known"])
         word, title, _ = KINDS[kind]
         if not row["checks"]:
-            return nodes.inline("", word, classes=["mark", f"mark-{kind}"])
+            return nodes.inline("", word, classes=["known", f"mark-{kind}"])
         page, check = row["checks"][0]
         title += (
             f": {check['text']}" if kind == check["kind"] else f", with a check of the code: {check['text']}"
@@ -358,7 +348,7 @@ class Write(SphinxPostTransform):
             "",
             "",
             nodes.reference("", word, refuri=uri, internal=True, reftitle=title),
-            classes=["mark", f"mark-{kind}"],
+            classes=["known", f"mark-{kind}"],
         )
 
     def code(self, code):

@@ -1,4 +1,4 @@
-"""Parts of a page that the extensions share: something to unfold, and a table."""
+"""What the extensions share: parts of a page, and the order of the pages."""
 
 from docutils import nodes
 from sphinx import addnodes
@@ -27,6 +27,18 @@ def table(head, rows, name):
     group += nodes.thead("", row([nodes.Text(text)] for text in head))
     group += nodes.tbody("", *map(row, rows))
     return nodes.table("", group, classes=[name])
+
+
+def ancestor(node, element):
+    """The part of a notebook's cell, by MyST-NB's name for it, that the node is in."""
+    while node := node.parent:
+        if isinstance(node, nodes.container) and node.get("nb_element") == element:
+            return node
+
+
+def secondary(formula):
+    """Whether a formula is not the book's own statement: printed by a cell, or part of a docstring."""
+    return ancestor(formula, "cell_code_output") is not None or "docstring of" in (formula.source or "")
 
 
 def pages(env):

@@ -87,7 +87,7 @@ class Symbol:
 class Reader:
     """Reads LaTeX from left to right, atom by atom: a letter, a command with its arguments, a group, a sign."""
 
-    def __init__(self, tex, symbols=(), indices=frozenset()):
+    def __init__(self, tex, symbols=None, indices=frozenset()):
         self.tokens = TOKEN.findall(tex)
         self.at = 0
         self.indices = indices
@@ -148,7 +148,7 @@ class Reader:
             )
             raw = [self.argument() for _ in range(ARGUMENTS[token])]
             letter = token + "".join(f"{{{squeeze(a)}}}" for a in raw)
-            if any(symbol.parts[0] == letter for symbol in self.symbols) or not self.symbols:
+            if self.symbols is None or any(symbol.parts[0] == letter for symbol in self.symbols):
                 return letter, letter
             return None, token + option + "".join(f"{{{self.rewrite(a)}}}" for a in raw)
         if token == "\\\\" and self.peek() == "[":  # \\[4pt]
@@ -239,14 +239,20 @@ def load(path: Path) -> dict[str, Symbol]:
     return out
 
 
-class notation_table(nodes.General, nodes.Element):
-    """Where `{notation}` puts all symbols, once all pages are read."""
+class first_page(nodes.Inline, nodes.Element):
+    """Where `{notation}` links to the first page that has a symbol, once all pages are read."""
 
 
 class Notation(SphinxDirective):
+    """A table of all symbols."""
+
     def run(self):
-        self.env.metadata[self.env.docname]["notation_table"] = True
-        return [notation_table()]
+        self.env.metadata[self.env.docname]["notation"] = True
+        self.env.note_dependency(str(Path(self.env.srcdir, FILE)))
+        rows = [
+            [*describe(symbol), [first_page(symbol=symbol.id)]] for symbol in self.env.app.symbols.values()
+        ]
+        return [parts.table([*HEAD, "First on"], rows, "symbols")]
 
 
 class Symbols(SphinxDirective):
@@ -287,7 +293,7 @@ class Symbols(SphinxDirective):
         return [script, parts.folded(summary, nodes.paragraph("", help), table, classes=["symbols"])]
 
 
-HEAD = ["Symbol", "Meaning", "Shape", "Unit", "In the code"]
+HEAD = ["Symbol", "Meaning", "Shape; unit", "In the code"]
 
 
 def describe(symbol, button=False):
@@ -300,7 +306,7 @@ def describe(symbol, button=False):
         formula = [formula]
     codes = [node for code in symbol.code for node in (nodes.literal("", code), nodes.Text(" "))]
     meaning = [nodes.strong("", symbol.name), nodes.Text(f": {symbol.meaning}")]
-    return [formula, meaning, [nodes.Text(symbol.shape)], [nodes.Text(symbol.unit)], codes]
+    return [formula, meaning, [nodes.Text(f"{symbol.shape}; {symbol.unit}")], codes]
 
 
 def wrap(app, doctree):
@@ -320,8 +326,7 @@ def wrap(app, doctree):
         reader = Reader(node.astext(), chosen, indices)
         wrapped = reader.rewrite()
         found |= reader.found
-        # What a cell computed and printed is not the author's statement, unless it is labelled.
-        if isinstance(node, nodes.math_block) and (node.get("label") or not _printed(node)):
+        if isinstance(node, nodes.math_block) and (node.get("label") or not parts.secondary(node)):
             name = node.get("label") or "a display equation"
             for letter in dict.fromkeys(reader.uncovered):
                 message = f"{name}: {letter} is not a symbol of this page. Name it in {{symbols}} (add it to {FILE} "
@@ -332,13 +337,6 @@ def wrap(app, doctree):
         (None, f"symbol {id} is declared but no formula of the page has it") for id in ids if id not in found
     ]
     page["symbol_problems"] = problems
-
-
-def _printed(node):
-    while node := node.parent:
-        if isinstance(node, nodes.container) and node.get("nb_element") == "cell_code_output":
-            return True
-    return False
 
 
 def problems(app):
@@ -375,23 +373,20 @@ def finish(app, exception):
 
 def rewrite(app, env):
     """The notation appendix depends on all other pages."""
-    return [page for page in env.found_docs if "notation_table" in env.metadata[page]]
+    return [page for page in env.found_docs if "notation" in env.metadata[page]]
 
 
 class WriteNotation(SphinxPostTransform):
-    default_priority = 6
+    default_priority = 6  # before Sphinx resolves the references
 
     def run(self, **kwargs):
-        for node in list(self.document.findall(notation_table)):
-            rows = [[*describe(symbol), self.first_page(symbol)] for symbol in self.app.symbols.values()]
-            node.replace_self(parts.table([*HEAD, "First on"], rows, "notation"))
-
-    def first_page(self, symbol):
-        """A link to the first page, in reading order, that has the symbol."""
-        for page in parts.pages(self.env):
-            if symbol.id in self.env.metadata[page].get("symbols", []):
-                return [parts.page_link(self.env, page)]
-        return []
+        reading_order = parts.pages(self.env)
+        for node in list(self.document.findall(first_page)):
+            having = (
+                page for page in reading_order if node["symbol"] in self.env.metadata[page].get("symbols", [])
+            )
+            page = next(having, None)
+            node.replace_self([parts.page_link(self.env, page)] if page else [])
 
 
 def setup(app):
