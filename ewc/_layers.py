@@ -140,9 +140,10 @@ class Outer:
 
 @dataclass
 class Sum:
-    """Gradient = value(δ), shape (R, *parameter)."""
+    """Gradient = sum over positions of scale * δ, or of δ alone; `reduce` sums (R, ...) to (R, *parameter)."""
 
-    value: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor]
+    scale: Tensor | None = None
     kind = ("sum",)
 
 
@@ -221,35 +222,28 @@ def _layer_norm(layer, name: str, a: Tensor):
     shape = tuple(layer.normalized_shape)
     if a.dim() <= len(shape):
         return None
-    if name == "weight":
-        a = F.rms_norm(a, shape, None, layer.eps) if type(layer) is nn.RMSNorm else F.layer_norm(a, shape, None, None, layer.eps)
-
-    def value(d: Tensor) -> Tensor:
-        g = d * a if name == "weight" else d
-        return g.reshape(len(g), -1, *shape).sum(1)
-
-    return Sum(value)
+    normalise = F.rms_norm if type(layer) is nn.RMSNorm else F.layer_norm
+    return Sum(
+        lambda g: g.reshape(len(g), -1, *shape).sum(1) if g.dim() > len(shape) + 1 else g,
+        normalise(a, shape, eps=layer.eps) if name == "weight" else None,
+    )
 
 
 def _channel_norm(layer, name: str, a: Tensor):
     if a.dim() < 2:
         return None
-    if name == "weight":
-        if type(layer) is nn.GroupNorm:
-            a = F.group_norm(a, layer.num_groups, None, None, layer.eps)
-        elif layer.running_mean is None:
-            if type(layer) not in INSTANCE_NORMS:
-                return None
-            a = F.instance_norm(a, eps=layer.eps)
-        else:
-            shape = (1, -1, *[1] * (a.dim() - 2))
-            a = (a - layer.running_mean.view(shape)) * (layer.running_var.view(shape) + layer.eps).rsqrt()
-
-    def value(d: Tensor) -> Tensor:
-        g = d * a if name == "weight" else d
-        return g.flatten(2).sum(2) if g.dim() > 2 else g
-
-    return Sum(value)
+    if name == "bias":
+        a = None
+    elif type(layer) is nn.GroupNorm:
+        a = F.group_norm(a, layer.num_groups, eps=layer.eps)
+    elif layer.running_mean is not None:
+        shape = (1, -1, *[1] * (a.dim() - 2))
+        a = (a - layer.running_mean.view(shape)) * (layer.running_var.view(shape) + layer.eps).rsqrt()
+    elif isinstance(layer, INSTANCE_NORMS):
+        a = F.instance_norm(a, eps=layer.eps)
+    else:
+        return None
+    return Sum(lambda g: g.flatten(2).sum(2) if g.dim() > 2 else g, a)
 
 
 def _embedding(layer: nn.Embedding, name: str, a: Tensor):
@@ -270,6 +264,21 @@ RULES = {
 # ---- squares of these gradients, added up over examples and vectors ----------------------------------------------------
 
 
+class Pointwise:
+    """One call, one position: the squares of δ add up over the vectors, and one product ends it."""
+
+    def __init__(self, rule: Outer | Sum):
+        self.rule = rule
+
+    def finish(self, squared: Tensor) -> Tensor:
+        if isinstance(self.rule, Outer):
+            a = self.rule.right.flatten(1).to(squared.dtype)
+            return squared.T @ a.square()
+        if self.rule.scale is not None:
+            squared = squared * self.rule.scale.to(squared.dtype).square()
+        return squared.sum(0)
+
+
 class Product:
     """Squares of outer products. All calls of the parameter count as further positions of the same example."""
 
@@ -277,7 +286,6 @@ class Product:
         self.rules, self.examples, self.budget = rules, examples, budget
         self.right = self._by_example([r.right for r in rules])
         self.waiting: list[Tensor] = []
-        self.squared: Tensor | None = None  # one position only: the product of squares, taken once at the end
         self.total: Tensor | None = None
 
     def _by_example(self, parts: list[Tensor]) -> Tensor:
@@ -290,14 +298,7 @@ class Product:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def add(self, deltas: list[Tensor]) -> None:
-        left = self._by_example([rule.left(d) for rule, d in zip(self.rules, deltas)])
-        if left.shape[-1] == 1:
-            if self.squared is None:
-                self.squared = left.square()
-            else:
-                self.squared.addcmul_(left, left)
-            return
-        self.waiting.append(left)
+        self.waiting.append(self._by_example([rule.left(d) for rule, d in zip(self.rules, deltas)]))
         if sum(d.numel() for d in self.waiting) > self.budget:
             self._flush()
 
@@ -317,24 +318,19 @@ class Product:
 
     def finish(self) -> Tensor:
         self._flush()
-        if self.squared is not None:
-            kind = accumulator(self.squared.dtype)
-            d = self.squared.squeeze(-1).to(kind)  # (n, groups, o)
-            a = self.right.squeeze(-1).to(kind).square()
-            self.total = d.movedim(0, -1) @ a.movedim(0, 1)
         return self.total.transpose(1, 2) if self.rules[0].swapped else self.total
 
 
 class Added:
     """Squares of plain sums over positions and calls."""
 
-    def __init__(self, rules: list[Sum], examples: int, budget: int):
+    def __init__(self, rules: list[Sum], examples: int):
         self.rules, self.examples = rules, examples
         self.total: Tensor | None = None
 
     def add(self, deltas: list[Tensor]) -> None:
-        parts = [rule.value(d).unflatten(0, (self.examples, -1)).sum(1) for rule, d in zip(self.rules, deltas)]
-        g = sum(parts)
+        parts = [rule.reduce(d if rule.scale is None else d * rule.scale) for rule, d in zip(self.rules, deltas)]
+        g = sum(p if len(p) == self.examples else p.unflatten(0, (self.examples, -1)).sum(1) for p in parts)
         part = g.square().sum(0, dtype=accumulator(g.dtype))
         self.total = part if self.total is None else self.total.add_(part)
 
@@ -345,7 +341,7 @@ class Added:
 class Scattered:
     """Squares of rows of a table, after the rows that one example uses more than once have been added."""
 
-    def __init__(self, rules: list[Table], examples: int, budget: int, height: int):
+    def __init__(self, rules: list[Table], examples: int, height: int):
         self.examples = examples
         self.height, self.skipped = height, rules[0].skipped
         index = torch.cat([r.index.reshape(examples, -1) for r in rules], 1)
@@ -380,12 +376,14 @@ def closed_forms(calls: dict[str, list[Call]], parameters: dict[str, Tensor], ex
             rules += [RULES[type(call.layer)](call.layer, k, call.input) for k in local]
         if len(rules) != len(own) or None in rules or len({rule.kind for rule in rules}) != 1:
             continue
-        if isinstance(rules[0], Outer):
+        if len(own) == 1 and not isinstance(rules[0], Table) and own[0].shape[:-1] == (examples,):
+            forms[name] = Pointwise(rules[0])
+        elif isinstance(rules[0], Outer):
             forms[name] = Product(rules, examples, budget)
         elif isinstance(rules[0], Sum):
-            forms[name] = Added(rules, examples, budget)
+            forms[name] = Added(rules, examples)
         elif len({rule.skipped for rule in rules}) == 1:
-            forms[name] = Scattered(rules, examples, budget, len(p))
+            forms[name] = Scattered(rules, examples, len(p))
     return forms
 
 
@@ -469,14 +467,22 @@ class Engine:
         if not forms:
             return {}
         calls = list({call: None for name in forms for call in owners[name]})
+        points = {owners[name][0]: None for name, form in forms.items() if isinstance(form, Pointwise)}
         for k in range(len(vectors)):
             grads = torch.autograd.grad(
                 z, [c.edge for c in calls], vectors[k], retain_graph=k < len(vectors) - 1, allow_unused=True
             )
             deltas = {c: z.new_zeros(c.shape) if g is None else g for c, g in zip(calls, grads)}
+            for call, squared in points.items():
+                d = deltas[call].to(accumulator(z.dtype))
+                points[call] = d.square() if squared is None else squared.addcmul_(d, d)
             for name, form in forms.items():
-                form.add([deltas[c] for c in owners[name]])
-        return {name: form.finish() for name, form in forms.items()}
+                if not isinstance(form, Pointwise):
+                    form.add([deltas[c] for c in owners[name]])
+        return {
+            name: form.finish(points[owners[name][0]]) if isinstance(form, Pointwise) else form.finish()
+            for name, form in forms.items()
+        }
 
     def _per_example(self, names: list[str], x: Tensor, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Gradients of some parameters example by example through ``torch.func``, within the memory budget."""

@@ -209,25 +209,25 @@ class _Columns(Sequence):
         if not 0 <= k < len(self):
             raise IndexError(k)
         n, classes, positions = self.u.shape
-        rows = torch.arange(n, device=self.u.device)
         if self.chosen:
-            index, kept = self.chosen[0][:, k], self.chosen[1][:, k]
+            index, counts = self.chosen[0][:, k : k + 1], self.chosen[1][:, k : k + 1]
             j, t = index // positions, index % positions
         else:
             place, j = divmod(k, classes - 1)
-            t = torch.full_like(rows, self.positions[place])
-            j = torch.full_like(rows, j)
-            j = torch.where(self.top[rows, 0, t] == j, classes - 1, j)  # the last class stands in for the top one
-            kept = None
-        u = self.u[rows, j, t]
-        if kept is not None:
-            u = u * kept
-        column = self.q[rows, :, t] * u[:, None]
-        column[rows, j] += u
+            t = self.positions[place]
+            j = torch.where(self.top[:, :, t] == j, classes - 1, j)  # the last class stands in for the top one
+            t, counts = torch.full_like(j, t), None
         if positions == 1:
-            return self.softmax.restore(column.unsqueeze(-1))
+            u, q = self.u.squeeze(2).gather(1, j), self.q.squeeze(2)
+        else:
+            rows = torch.arange(n, device=j.device)
+            u, q = self.u[rows, j[:, 0], t[:, 0]].unsqueeze(1), self.q[rows, :, t[:, 0]]
+        u = u if counts is None else u * counts
+        column = (u * q).scatter_add_(1, j, u)
+        if positions == 1:
+            return self.softmax.restore(column.unsqueeze(2))
         v = torch.zeros_like(self.u)
-        v[rows, :, t] = column
+        v[rows, :, t[:, 0]] = column
         return self.softmax.restore(v)
 
     def weights(self) -> Tensor:
