@@ -1,10 +1,11 @@
-"""The small networks that the chapters train."""
+"""The small networks that the chapters train. They all return logits: nothing follows the last linear layer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def mlp(
@@ -15,7 +16,7 @@ def mlp(
     *,
     seed: int | None = None,
 ) -> nn.Sequential:
-    """A multilayer perceptron that returns logits: the output layer is linear, with no activation after it.
+    """A multilayer perceptron: linear layers with an activation between them, none after the last.
 
     Args:
         features: number of inputs, such as `task.features`; images `(N, 1, H, W)` are flattened first.
@@ -31,9 +32,93 @@ def mlp(
     _require_positive(widths)
     with _seeded(seed):
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(widths, widths[1:]):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), activation()]
         return nn.Sequential(*layers[:-1])
+
+
+def convnet(
+    shape: tuple[int, int, int], classes: int, channels: Sequence[int] = (16, 32), *, seed: int | None = None
+) -> nn.Sequential:
+    """A small convolutional network: 3×3 convolutions with ReLU, each followed by 2×2 pooling, then one linear layer.
+
+    Args:
+        shape: `(channels, H, W)` of an image, such as `task.shape`.
+        classes: number of outputs K.
+        channels: output channels of each convolution; every one of them halves the image.
+        seed: as for `mlp`.
+
+    Raises:
+        ValueError: a width is not positive, or the image is too small to be halved that often.
+    """
+    _require_positive([*shape, *channels, classes])
+    inputs, height, width = shape
+    height, width = height >> len(channels), width >> len(channels)
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"Images of {shape[1]}×{shape[2]} pixels cannot be halved {len(channels)} times; use fewer channels."
+        )
+    with _seeded(seed):
+        layers: list[nn.Module] = []
+        for before, after in pairwise([inputs, *channels]):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        last = (channels or [inputs])[-1]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(last * height * width, classes))
+
+
+class MultiHead(nn.Module):
+    """One body shared by all tasks and one linear output layer ("head") per task; `active` says which one answers.
+
+    Set `model.active = t` before training or testing on task t (task-incremental learning).
+
+    Attributes:
+        body: maps inputs to features.
+        heads: one linear layer per task.
+        active: index of the head in use.
+    """
+
+    def __init__(self, body: nn.Module, heads: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleList(heads)
+        self.active = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not 0 <= self.active < len(self.heads):
+            raise IndexError(f"There is no head {self.active}; the heads are 0 to {len(self.heads) - 1}.")
+        return self.heads[self.active](self.body(x))
+
+
+def multihead(
+    features: int,
+    hidden: Sequence[int],
+    classes: int,
+    tasks: int,
+    activation: type[nn.Module] = nn.ReLU,
+    *,
+    seed: int | None = None,
+) -> MultiHead:
+    """A multilayer perceptron with one output layer per task, for tasks of `classes` classes each.
+
+    Args:
+        features: number of inputs.
+        hidden: widths of the shared hidden layers, at least one.
+        classes: number of outputs of each head.
+        tasks: number of heads.
+        activation: as for `mlp`.
+        seed: as for `mlp`.
+
+    Raises:
+        ValueError: a width or the number of tasks is not positive, or there is no hidden layer to share.
+    """
+    if not hidden:
+        raise ValueError(
+            "A multi-head network shares its hidden layers between tasks; give at least one width."
+        )
+    _require_positive([features, *hidden, classes, tasks])
+    with _seeded(seed):
+        body = mlp(features, hidden[:-1], hidden[-1], activation).append(activation())
+        return MultiHead(body, [nn.Linear(hidden[-1], classes) for _ in range(tasks)])
 
 
 def _require_positive(widths: Sequence[int]) -> None:

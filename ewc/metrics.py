@@ -1,0 +1,124 @@
+r"""What sequential learning has kept, in four numbers.
+
+The accuracy matrix :math:`R`, shape ``(T, T)``, holds in row i, column j the test accuracy on task j after learning
+task i; `ewc.training.run` returns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ewc.tasks import Task
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    data: Task | TensorDataset,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 1000,
+) -> float:
+    """Share of images whose largest logit is the right one, between 0 and 1.
+
+    The model is evaluated in eval mode and handed back in the mode it was in.
+
+    Args:
+        model: a network with logits of shape ``(n, classes)``.
+        data: a task, of which the test set is used, or a set of images and labels.
+        classes: the classes among which the network may choose, as when it is told which task an image belongs to;
+            default all of them.
+        batch_size: images in one pass; the result does not depend on it.
+
+    Raises:
+        ValueError: there are no images, or no classes to choose from.
+    """
+    x, y = (data.test if isinstance(data, Task) else data).tensors
+    if len(x) == 0:
+        raise ValueError("The accuracy on no images is undefined; give at least one image.")
+    if classes is not None and len(classes) == 0:
+        raise ValueError("accuracy() needs at least one class to choose from; classes=None allows all.")
+    allowed = None if classes is None else torch.tensor(list(classes), device=x.device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    hits = 0
+    try:
+        for images, labels in zip(x.split(batch_size), y.split(batch_size)):
+            logits = model(images)
+            choice = logits.argmax(-1) if allowed is None else allowed[logits[:, allowed].argmax(-1)]
+            hits += (choice == labels).sum()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return int(hits) / len(x)
+
+
+def average_accuracy(matrix: Tensor) -> float:
+    r"""Mean accuracy over all tasks after the last one.
+
+    .. math:: \frac1T \sum_{j=1}^{T} R_{T,j}
+
+    Args:
+        matrix: R, shape ``(T, T)``.
+
+    Raises:
+        ValueError: the matrix is not square.
+
+    Implements: eq-average-accuracy
+
+    References:
+        Lopez-Paz and Ranzato, *Gradient episodic memory for continual learning*, 2017.
+    """
+    return _square(matrix)[-1].mean().item()
+
+
+def backward_transfer(matrix: Tensor) -> float:
+    r"""How much later learning changed the earlier tasks; negative where it harmed them.
+
+    .. math:: \frac{1}{T-1} \sum_{j=1}^{T-1} (R_{T,j} - R_{j,j})
+
+    Args:
+        matrix: R, shape ``(T, T)`` with at least two tasks.
+
+    Raises:
+        ValueError: the matrix is not square, or has a single task.
+
+    Implements: eq-backward-transfer
+
+    References:
+        Lopez-Paz and Ranzato, *Gradient episodic memory for continual learning*, 2017.
+    """
+    matrix = _square(matrix, tasks=2)
+    return (matrix[-1] - matrix.diagonal())[:-1].mean().item()
+
+
+def forgetting(matrix: Tensor) -> float:
+    r"""Mean drop from the best accuracy that each earlier task ever had.
+
+    .. math:: \frac{1}{T-1} \sum_{j=1}^{T-1} \max_{i<T} (R_{i,j} - R_{T,j})
+
+    Args:
+        matrix: R, shape ``(T, T)`` with at least two tasks.
+
+    Raises:
+        ValueError: the matrix is not square, or has a single task.
+
+    Implements: eq-forgetting
+
+    References:
+        Chaudhry et al., *Riemannian walk for incremental learning*, 2018.
+    """
+    matrix = _square(matrix, tasks=2)
+    return (matrix[:-1, :-1].max(0).values - matrix[-1, :-1]).mean().item()
+
+
+def _square(matrix: Tensor, tasks: int = 1) -> Tensor:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < tasks:
+        raise ValueError(
+            f"This needs the accuracy matrix of at least {tasks} task(s), shape (T, T), "
+            f"not a tensor of shape {tuple(matrix.shape)}."
+        )
+    return matrix
