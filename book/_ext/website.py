@@ -11,17 +11,21 @@ from urllib.parse import quote
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
+from sphinx_codeautolink.extension.block import CodeBlockAnalyser
 
 LOG = logging.getLogger(__name__)
 
 MATHJAX = ("tex-chtml.js", "ui/lazy.js", "input/tex/extensions/html.js", "output/chtml/fonts/woff-v2")
 
 # Every icon of the theme's buttons, by Font Awesome's class.
-ICONS = (
-    "angle-left angle-right arrow-up bars circle-half-stroke code download expand file file-lines file-pdf github "
-    "home lightbulb list magnifying-glass moon outdent pencil-alt play rocket sun xmark"
-).split()
-UNUSED = ("scripts/fontawesome.js", "scripts/fontawesome.js.LICENSE.txt", "vendor/fontawesome", "locales", "webpack-macros.html")
+ICONS = [
+    "angle-left", "angle-right", "arrow-up", "bars", "circle-half-stroke", "code", "download", "expand", "file",
+    "file-lines", "file-pdf", "github", "home", "lightbulb", "list", "magnifying-glass", "moon", "outdent",
+    "pencil-alt", "play", "rocket", "sun", "xmark",
+]
+UNUSED = (
+    "scripts/fontawesome.js", "scripts/fontawesome.js.LICENSE.txt", "vendor/fontawesome", "locales", "webpack-macros.html"
+)
 
 
 def copy_mathjax(static: Path) -> None:
@@ -78,9 +82,16 @@ def check_alternatives(app: Sphinx, doctree: nodes.document, page: str) -> None:
             )
 
 
+def leave_section(self: CodeBlockAnalyser, node: nodes.section) -> None:
+    """sphinx-codeautolink forgets the title of the section it leaves; exercises and proofs are sections without one."""
+    if node.children and isinstance(node[0], nodes.title):
+        self.title_stack.pop()
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_css_file("icons.css", priority=890)
     app.add_css_file("book.css", priority=900)
+    CodeBlockAnalyser.depart_section = leave_section
     app.connect("doctree-resolved", check_alternatives)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
