@@ -1,12 +1,13 @@
 r"""The curvature of a small model's loss, exactly: Hessian, Gauss-Newton matrix and full Fisher matrix.
 
 Everything here is a dense matrix over *all* trainable parameters, computed from its definition with
-``torch.func``. It is for looking at and for checking the fast methods; :mod:`ewc.fisher` is for real networks.
+``torch.func``. It is for looking at and for checking the fast methods; :mod:`ewc.fisher` is for real
+networks.
 
-Conventions: the loss is the *mean* cross-entropy of the softmax over the examples; the model runs in eval mode
-and comes back as it was; parameters are flattened in the order of ``model.named_parameters()``, frozen ones
-left out, and :func:`blocks` says which rows and columns belong to which of them. Shapes: N examples, C classes,
-P parameters.
+Conventions: the loss is the *mean* cross-entropy of the softmax over the examples; the model runs in eval
+mode and comes back as it was; parameters are flattened in the order of ``model.named_parameters()``, frozen
+ones left out, and :func:`blocks` says which rows and columns belong to which of them. Shapes: N examples,
+C classes, P parameters.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 __all__ = [
     "blocks",
@@ -40,10 +41,10 @@ def blocks(model: nn.Module, by: str = "parameter") -> dict[str, slice]:
 
     Args:
         model: the network.
-        by: ``"parameter"`` (one block per trainable tensor) or ``"layer"`` (a module's weight and bias together).
+        by: ``"parameter"`` (one block per trainable tensor) or ``"layer"`` (weight and bias together).
 
     Returns:
-        name -> slice of ``range(P)``, in the order of the matrices. ``H[blocks(model)["0.weight"]]`` is a row block.
+        name -> slice of ``range(P)``, in the order of the matrices.
     """
     if by not in ("parameter", "layer"):
         raise ValueError(f"unknown grouping {by!r}: use 'parameter' or 'layer'.")
@@ -57,7 +58,7 @@ def blocks(model: nn.Module, by: str = "parameter") -> dict[str, slice]:
 
 
 def vector(model: nn.Module, named: dict[str, Tensor]) -> Tensor:
-    """Flattens a dict of name -> tensor, such as a Fisher diagonal, into (P,) in the order of the matrices."""
+    """A dict of name -> tensor, such as a Fisher diagonal, as one vector (P,) in the matrices' order."""
     missing = [name for name in _trainable(model) if name not in named]
     if missing:
         raise KeyError(f"no value for the parameter {missing[0]!r}: give one tensor per trainable parameter.")
@@ -95,7 +96,7 @@ def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
     """
     theta, logits_of = _flat(model)
     x = _like(inputs, theta)
-    with _evaluating(model):
+    with evaluating(model):
         logits = _logits(logits_of, theta, x)
         _check_size(logits.numel() * len(theta), theta, f"The Jacobian of {len(x)} examples")
         return _jacobian(logits_of, theta, x)
@@ -111,7 +112,7 @@ def hessian(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]
         data: a dataset, a loader or a pair of tensors (inputs, labels).
 
     Returns:
-        (P, P), symmetric, in general indefinite. At the kinks of a ReLU autograd's one-sided derivative is taken.
+        (P, P), symmetric, in general indefinite. At a ReLU's kinks autograd takes one side.
 
     Raises:
         ValueError: the matrix would be larger than 2 GiB, the data is empty or a label out of range.
@@ -119,7 +120,7 @@ def hessian(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]
     Implements: eq-hessian
     """
     theta, logits_of, x, y = _prepare(model, data)
-    with _evaluating(model):
+    with evaluating(model):
         _logits(logits_of, theta, x, y)
         return _second_derivative(lambda t: cross_entropy(logits_of(t, x), y), theta)
 
@@ -141,13 +142,14 @@ def gauss_newton(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Te
     Raises:
         ValueError: the matrix would be larger than 2 GiB or the data is empty.
 
-    Source: Schraudolph, "Fast curvature matrix-vector products" (Neural Computation 2002); Martens (JMLR 2020).
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent" (2002);
+    Martens, "New insights and perspectives on the natural gradient method" (JMLR 2020).
 
     Implements: eq-ggn
     """
     theta, logits_of, x, y = _prepare(model, data)
     total = theta.new_zeros(len(theta), len(theta))
-    with _evaluating(model):
+    with evaluating(model):
         for x_, y_ in _chunks(logits_of, theta, x, y):
             J = _jacobian(logits_of, theta, x_)  # (n, C, P)
             HJ = softmax_fisher(logits_of(theta, x_)) @ J
@@ -156,7 +158,7 @@ def gauss_newton(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Te
 
 
 def residual(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> Tensor:
-    r"""What the Gauss-Newton matrix leaves out of the Hessian: the network's own curvature, weighed by the errors.
+    r"""What the Gauss-Newton matrix leaves out of the Hessian: curvature weighed by errors.
 
     :math:`H - \mathrm{GGN} = \frac1N \sum_n \sum_k (p_{nk} - y_{nk})\, \nabla^2_\theta f_k(x_n)`
 
@@ -171,7 +173,7 @@ def residual(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor
         ValueError: the matrix would be larger than 2 GiB, the data is empty or a label out of range.
     """
     theta, logits_of, x, y = _prepare(model, data)
-    with _evaluating(model):
+    with evaluating(model):
         p = _logits(logits_of, theta, x, y).softmax(-1)
         error = (p - nn.functional.one_hot(y, p.shape[1])) / len(x)  # held fixed while f is differentiated
         return _second_derivative(lambda t: (error * logits_of(t, x)).sum(), theta)
@@ -186,14 +188,15 @@ def full_fisher(
 ) -> Tensor:
     r"""The full Fisher matrix: the mean outer product of the score with itself.
 
-    :math:`F = \frac1N \sum_n \sum_c p_{nc}\, s_{nc} s_{nc}^\top, \qquad s_{nc} = \nabla_\theta \log p(c \mid x_n, \theta)`
+    :math:`F = \frac1N \sum_n \sum_c p_{nc}\, s_{nc} s_{nc}^\top` with
+    :math:`s_{nc} = \nabla_\theta \log p(c \mid x_n, \theta)`
 
     Args:
         model: a network that maps (N, ...) to logits (N, C).
         data: a dataset, a loader or a pair of tensors (inputs, labels).
-        estimator: whose labels: ``"exact"`` the model's, all classes weighed by p; ``"sampled"`` one drawn from p;
-            ``"probe"`` one random sign per class (unbiased for exact); ``"empirical"`` the data's; ``"argmax"`` the
-            most likely class. The same names as in :func:`ewc.fisher.diagonal`.
+        estimator: whose labels: ``"exact"`` the model's, all classes weighed by p; ``"sampled"`` one drawn
+            from p; ``"probe"`` one random sign per class (unbiased for exact); ``"empirical"`` the data's;
+            ``"argmax"`` the most likely class. The same names as in :func:`ewc.fisher.diagonal`.
         generator: the source of randomness of ``"sampled"`` and ``"probe"``.
 
     Returns:
@@ -208,7 +211,7 @@ def full_fisher(
     """
     theta, logits_of, x, y = _prepare(model, data)
     total = theta.new_zeros(len(theta), len(theta))
-    with _evaluating(model):
+    with evaluating(model):
         for x_, y_ in _chunks(logits_of, theta, x, y):
             columns = score_columns(logits_of(theta, x_), y_, estimator, generator=generator)  # (K, n, C)
             J = _jacobian(logits_of, theta, x_)
@@ -224,8 +227,9 @@ def score_columns(
     r"""The scores in the logits whose outer products make up each estimator's Fisher matrix.
 
     The score of label c in the logits is :math:`e_c - p`. Each estimator is a set of K columns v with
-    :math:`F_f = \sum_k v_k v_k^\top`: :math:`\sqrt{p_c}(e_c - p)` for every class (exact, K = C); :math:`e_y - p` for one label y
-    (sampled, empirical, argmax; K = 1); :math:`\sum_c \varepsilon_c \sqrt{p_c}(e_c - p)` with signs
+    :math:`F_f = \sum_k v_k v_k^\top`: :math:`\sqrt{p_c}(e_c - p)` for every class (exact, K = C);
+    :math:`e_y - p` for one label y (sampled, empirical, argmax; K = 1);
+    :math:`\sum_c \varepsilon_c \sqrt{p_c}(e_c - p)` with signs
     :math:`\varepsilon_c = \pm1` (probe, K = 1).
 
     Args:
@@ -242,26 +246,30 @@ def score_columns(
     """
     p = logits.detach().softmax(-1)
     n, classes = p.shape
-    one_hot = torch.eye(classes, dtype=p.dtype, device=p.device)
+    place = generator.device if generator is not None else p.device
     if estimator in ("exact", "probe"):
-        every = p.sqrt().T.unsqueeze(-1) * (one_hot.unsqueeze(1) - p)  # (C, N, C)
+        each = torch.arange(classes, device=p.device).unsqueeze(1).expand(classes, n)
+        every = p.T.sqrt().unsqueeze(2) * _label_minus_p(each, p.expand(classes, n, classes))
         if estimator == "exact":
             return every
-        signs = (
-            torch.randint(0, 2, (classes, n, 1), generator=generator, device=_place(p, generator)).to(p) * 2
-            - 1
-        )
+        signs = torch.randint(0, 2, (classes, n, 1), generator=generator, device=place).to(p) * 2 - 1
         return (signs * every).sum(0, keepdim=True)
     if estimator == "sampled":
-        labels = torch.multinomial(p.to(_place(p, generator)), 1, generator=generator).squeeze(1).to(p.device)
+        labels = torch.multinomial(p.to(place), 1, generator=generator).squeeze(1).to(p.device)
     elif estimator == "argmax":
         labels = p.argmax(1)
     elif estimator != "empirical":
         raise ValueError(f"unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}.")
-    return (one_hot[labels] - p).unsqueeze(0)
+    return _label_minus_p(labels, p).unsqueeze(0)
 
 
-# --- the plumbing -------------------------------------------------------------------------------------------------
+def _label_minus_p(labels: Tensor, p: Tensor) -> Tensor:
+    """e_y - p, with 1 - p_y as the sum of the other p: near interpolation the difference loses its digits."""
+    others = p.scatter(-1, labels.unsqueeze(-1), 0.0)
+    return (-others).scatter(-1, labels.unsqueeze(-1), others.sum(-1, keepdim=True))
+
+
+# --- the plumbing -------------------------------------------------------------------------------------------
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -296,29 +304,39 @@ def _prepare(model: nn.Module, data):
     """θ, the logits' function, inputs and labels; refuses a (P, P) matrix that is too large."""
     theta, logits_of = _flat(model)
     _check_size(len(theta) ** 2, theta, f"The matrix of {len(theta):,} by {len(theta):,} parameters")
-    x, y = _collect(data)
-    return theta, logits_of, _like(x, theta), y.to(theta.device)
+    return theta, logits_of, *collect(data, theta)
 
 
 def _check_size(elements: int, theta: Tensor, what: str) -> None:
     size = elements * theta.element_size()
     if size > MAX_BYTES:
         raise ValueError(
-            f"{what} would take {size / 2**30:.1f} GiB, more than the {MAX_BYTES / 2**30:.1f} GiB allowed here: "
-            "use a smaller model or fewer examples, freeze layers, or take ewc.fisher.diagonal or ewc.kfac."
+            f"{what} would take {size / 2**30:.1f} GiB, more than the {MAX_BYTES / 2**30:.1f} GiB allowed "
+            "here: use a smaller model or fewer examples, freeze layers, or take ewc.fisher or ewc.kfac."
         )
 
 
-def _collect(data) -> tuple[Tensor, Tensor]:
-    """All inputs and labels of a pair of tensors, a dataset or a loader."""
-    if not isinstance(data, (tuple, list)):
-        batches = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=1024)
-        pairs = [(x, y) for x, y in batches]
-        data = [torch.cat(parts) for parts in zip(*pairs)] or (torch.empty(0), torch.empty(0))
-    x, y = data
-    if len(x) == 0 or len(x) != len(y):
-        raise ValueError(f"{len(x)} inputs and {len(y)} labels: give the same number of both, at least one.")
-    return x, y
+def batches(data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and labels of a pair of tensors, a dataset or a loader, part by part."""
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, (tuple, list)):
+        x, y = data
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} inputs and {len(y)} labels: give the same number of both.")
+        data = zip(x.split(batch_size), y.split(batch_size))
+    elif not isinstance(data, DataLoader):
+        data = DataLoader(data, batch_size)
+    yield from ((x, y) for x, y in data if len(x))
+
+
+def collect(data, like: Tensor) -> tuple[Tensor, Tensor]:
+    """All inputs and labels, on the device and in the type of ``like``."""
+    pairs = list(batches(data, 1024))
+    if not pairs:
+        raise ValueError("the data holds no example: at least one is needed.")
+    x, y = (torch.cat(parts) for parts in zip(*pairs))
+    return _like(x, like), y.to(like.device)
 
 
 def _like(x: Tensor, theta: Tensor) -> Tensor:
@@ -359,12 +377,8 @@ def _second_derivative(scalar, theta: Tensor) -> Tensor:
     return vmap(lambda e: row(e)[0], chunk_size=64)(unit)
 
 
-def _place(p: Tensor, generator: torch.Generator | None) -> torch.device:
-    return generator.device if generator is not None else p.device
-
-
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

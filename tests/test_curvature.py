@@ -124,6 +124,14 @@ def test_columns_of_the_exact_estimator_square_to_the_softmax_fisher():
     close(torch.einsum("knc,knd->ncd", columns, columns), curvature.softmax_fisher(logits))
 
 
+def test_columns_keep_their_digits_near_interpolation():
+    logits = torch.tensor([[20.0, 0.0, 1.0]])
+    columns = curvature.score_columns(logits, torch.tensor([0]), "empirical")
+    torch.testing.assert_close(
+        columns[0, 0, 0].item(), 1.0 - logits.double().softmax(-1)[0, 0].item(), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gauss_newton_is_the_fisher_of_a_softmax_network(activation, data):
     model = network(ACTIVATIONS[activation])
@@ -148,7 +156,7 @@ def test_hessian_minus_gauss_newton_is_the_residual(activation, data):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_relu_hessian_and_fisher_agree_within_layers(seed, data):
-    """At random weights and random labels, not only at an optimum; the full Hessian differs and is indefinite."""
+    """At random weights and random labels, not only at an optimum; the full Hessian is indefinite."""
     model = network(nn.ReLU, seed)
     y = torch.randint(0, 3, (7,), generator=torch.Generator().manual_seed(seed))
     H, F = curvature.hessian(model, (data[0], y)), curvature.full_fisher(model, (data[0], y))
@@ -272,9 +280,9 @@ def test_bad_input_is_named(data):
         curvature.jacobian(large, torch.zeros(100, 1000))
     with pytest.raises(ValueError, match="unknown estimator 'true'.*exact, sampled, probe"):
         curvature.full_fisher(network(), data, "true")
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one is needed"):
         curvature.hessian(network(), (x[:0], y[:0]))
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one is needed"):
         curvature.hessian(network(), TensorDataset(x[:0], y[:0]))
     with pytest.raises(ValueError, match="7 inputs and 6 labels"):
         curvature.hessian(network(), (x, y[:6]))
