@@ -1,0 +1,451 @@
+r"""Training: one run (`fit`), many runs at once (`sweep`), tasks in sequence (`run`).
+
+All three share one loop. Batches are index selections from tensors that already lie on the
+compute device, so an epoch costs little more than its matrix products.
+"""
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.functional import cross_entropy
+
+from .metrics import accuracy
+from .tasks import Task
+
+CHECK_EVERY = 50  # steps between two looks at the loss: a look waits for the device
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became infinite or NaN; the model holds the last weights whose loss was finite."""
+
+
+@dataclass
+class History:
+    """What one run saw: mean training loss of each epoch, and accuracies at each evaluation.
+
+    Attributes:
+        loss: mean training loss per epoch, in nats per example, without the penalty.
+        steps: the optimiser step of each evaluation; 0 is before the first step.
+        accuracy: task name -> test accuracy at each of `steps`, between 0 and 1.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    accuracy: dict[str, list[float]] = field(default_factory=dict)
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    *,
+    epochs: int = 5,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    schedule: str | None = "cosine",
+    memory=None,
+    penalty: str = "pull",
+    watch: Sequence[Task] = (),
+    every: int | None = None,
+    seed: int = 0,
+) -> History:
+    r"""Train ``model`` on ``task.train`` in place, protected by ``memory`` if there is one.
+
+    Minimises the mean cross-entropy of the task plus the memory's penalty
+    :math:`\tfrac{\lambda}{2}\sum_i F_i(\theta_i-\theta^*_i)^2`. Under ``torchrun`` each process
+    takes its share of every batch and PyTorch's DistributedDataParallel averages the gradients.
+
+    Args:
+        model: a network with logits of shape ``(n, classes)``, on the task's device.
+        task: the data; its tensors are used as they lie.
+        epochs: passes over the training set.
+        batch_size: examples per step, over all processes together.
+        lr: learning rate.
+        optimizer: ``"sgd"`` or ``"adam"``.
+        momentum: of SGD; Adam has its own.
+        schedule: ``"cosine"`` (the rate falls to 0 over the run) or None (constant).
+        memory: an object with ``add_gradient(model)`` and ``pull(model, step)``, such as
+            `ewc.EWC`; None trains plainly.
+        penalty: ``"pull"`` takes a proximal step on the penalty after each step of the optimiser,
+            stable for every strength; ``"gradient"`` adds the penalty's gradient to the loss's.
+        watch: tasks whose test accuracy is recorded.
+        every: steps between two such evaluations; None evaluates once an epoch.
+        seed: fixes the order of the examples.
+
+    Returns:
+        The run's `History`.
+
+    Raises:
+        NonFiniteLoss: the loss became infinite or NaN; names the step. The model is left with
+            the last weights that are known to have a finite loss.
+        ValueError: an unknown optimiser, schedule or penalty.
+    """
+    x, y = task.train.tensors
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    def loss_of(batch: Tensor) -> Tensor:
+        mine = batch[rank::world]
+        # Summed and divided by the whole batch, so that uneven shares weigh as they should.
+        total = cross_entropy(net(x[mine]), y[mine], reduction="sum")
+        return total * (world / len(batch))
+
+    def evaluate() -> list[dict[str, float]]:
+        return [{t.name: accuracy(model, t) for t in watch}]
+
+    history = History()
+    _loop(
+        parameters={k: p for k, p in model.named_parameters() if p.requires_grad},
+        loss_of=loss_of,
+        evaluate=evaluate,
+        orders=_orders([seed], len(x), x.device, stacked=False),
+        size=len(x),
+        histories=[history],
+        modules=[model],
+        memory=_Single(model, memory) if memory is not None else None,
+        epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
+        schedule=schedule, penalty=penalty, every=every, watched=bool(watch),
+    )
+    return history
+
+
+def sweep(
+    models: Sequence[nn.Module],
+    task: Task,
+    *,
+    seeds: Sequence[int],
+    memories: Sequence | None = None,
+    epochs: int = 5,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    schedule: str | None = "cosine",
+    penalty: str = "pull",
+    watch: Sequence[Task] = (),
+    every: int | None = None,
+) -> list[History]:
+    r"""Train R models of one architecture at once, each as `fit` would with its own seed and memory.
+
+    The parameters are stacked along a new first axis and every layer becomes one batched product,
+    so R runs cost little more than one on a GPU. The loss is the sum over runs, whose gradient
+    keeps the runs apart; the optimisers act element by element and need no change.
+
+    Args:
+        models: R networks that differ in their weights only; trained in place.
+        task: the data, the same for all runs.
+        seeds: R integers, the order of the examples of each run; equal seeds share their batches.
+        memories: R quadratic memories (with ``fisher``, ``theta_star``, ``strength``) or None.
+        epochs, batch_size, lr, optimizer, momentum, schedule, penalty, watch, every: as for `fit`.
+
+    Returns:
+        One `History` per run.
+
+    Raises:
+        NonFiniteLoss: as for `fit`; names the run as well. All models are left with the last
+            weights at which every loss was finite.
+        ValueError: lists of different lengths, or options unknown to `fit`.
+    """
+    runs = len(models)
+    memories = list(memories) if memories is not None else [None] * runs
+    if not runs or len(seeds) != runs or len(memories) != runs:
+        raise ValueError(f"sweep needs one seed and one memory (or None) per model, but got {runs} models, "
+                         f"{len(seeds)} seeds and {len(memories)} memories.")
+    x, y = task.train.tensors
+    base = models[0]
+    stacked, buffers = stack_module_state(list(models))
+    trained = {k: p for k, p in stacked.items() if dict(base.named_parameters())[k].requires_grad}
+    shared = len(set(seeds)) == 1
+
+    def logits(inputs: Tensor, in_dim: int | None) -> Tensor:
+        def one(parameters, extra, batch):
+            return functional_call(base, (parameters, extra), (batch,))
+        return vmap(one, in_dims=(0, 0, in_dim), randomness="different")(stacked, buffers, inputs)
+
+    def loss_of(batch: Tensor) -> Tensor:
+        outputs = logits(x[batch], None if shared else 0)
+        targets = y[batch].expand(runs, -1)
+        each = cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+        return each.view(runs, -1).mean(1)
+
+    def evaluate() -> list[dict[str, float]]:
+        rows = [{} for _ in models]
+        modes = [m.training for m in base.modules()]
+        base.eval()
+        with torch.no_grad():
+            for t in watch:
+                xt, yt = t.test.tensors
+                hits = sum((logits(a, None).argmax(-1) == b).sum(1)
+                           for a, b in zip(xt.split(1000), yt.split(1000)))
+                for row, hit in zip(rows, hits.tolist()):
+                    row[t.name] = hit / len(xt)
+        for module, mode in zip(base.modules(), modes):
+            module.training = mode
+        return rows
+
+    histories = [History() for _ in models]
+    try:
+        _loop(
+            parameters=trained,
+            loss_of=loss_of,
+            evaluate=evaluate,
+            orders=_orders([seeds[0]] if shared else seeds, len(x), x.device, stacked=not shared),
+            size=len(x),
+            histories=histories,
+            modules=[base],
+            memory=_Stacked(trained, memories) if any(m is not None for m in memories) else None,
+            epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
+            schedule=schedule, penalty=penalty, every=every, watched=bool(watch),
+        )
+    finally:
+        with torch.no_grad():
+            for r, model in enumerate(models):
+                for name, p in model.named_parameters():
+                    p.copy_(stacked[name][r])
+    return histories
+
+
+def run(
+    model: nn.Module | Sequence[nn.Module],
+    tasks: Sequence[Task],
+    memory=None,
+    *,
+    checkpoint: str | Path | None = None,
+    seed: int | Sequence[int] = 0,
+    **options,
+) -> Tensor:
+    """Learn ``tasks`` one after the other, consolidating after each; many models train as a `sweep`.
+
+    Args:
+        model: one network, or a list of R networks.
+        tasks: the sequence; every task is evaluated after each.
+        memory: the memory of the run, or a list of R of them; None for plain fine-tuning.
+        checkpoint: a file that keeps the state after each finished task. If it exists, the run goes
+            on after the last task in it and ends with the same numbers as if it had never stopped.
+        seed: fixes the order of the examples; one for each model.
+        **options: passed to `fit` or `sweep`.
+
+    Returns:
+        The accuracy matrix, float64: entry ``[i, j]`` is the accuracy on task j after learning task i,
+        shape ``(T, T)``, or ``(R, T, T)`` for R models.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run.
+    """
+    many = isinstance(model, (list, tuple))
+    models = list(model) if many else [model]
+    memories = list(memory) if many and memory is not None else [memory] * len(models)
+    seeds = list(seed) if many else [seed]
+    names = [t.name for t in tasks]
+    matrix = torch.full((len(models), len(tasks), len(tasks)), math.nan, dtype=torch.float64)
+    done = 0
+    if checkpoint is not None and Path(checkpoint).exists():
+        done = _restore(Path(checkpoint), names, models, memories, matrix)
+    for i in range(done, len(tasks)):
+        task = tasks[i]
+        if many:
+            sweep(models, task, seeds=[s + i for s in seeds], memories=memories, **options)
+        else:
+            fit(model, task, memory=memory, seed=seed + i, **options)
+        for r, (net, keep) in enumerate(zip(models, memories)):
+            if keep is not None:
+                keep.consolidate(net, task.train)
+            for j, other in enumerate(tasks):
+                matrix[r, i, j] = accuracy(net, other)
+        if checkpoint is not None:
+            _save(Path(checkpoint), names, i + 1, models, memories, matrix)
+    return matrix if many else matrix[0]
+
+
+# The loop that `fit` and `sweep` share.
+
+
+def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callable, orders: Callable, size: int,
+          histories: list[History], modules: list[nn.Module], memory, epochs: int, batch_size: int, lr: float,
+          optimizer: str, momentum: float, schedule: str | None, penalty: str, every: int | None, watched: bool) -> None:
+    tensors = list(parameters.values())
+    _choose("penalty", penalty, ("pull", "gradient"))
+    _choose("schedule", schedule, ("cosine", None))
+    _choose("optimizer", optimizer, ("sgd", "adam"))
+    if optimizer == "sgd":
+        opt = torch.optim.SGD(tensors, lr=lr, momentum=momentum, foreach=True)
+    else:
+        opt = torch.optim.Adam(tensors, lr=lr, foreach=True)
+    per_epoch = math.ceil(size / batch_size)
+    total = epochs * per_epoch
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(total, 1)) if schedule == "cosine" else None
+    every = every or per_epoch
+    latest = [p.detach().clone() for p in tensors]
+    earlier = [p.clone() for p in latest]
+    window: list[Tensor] = []
+    for module in modules:
+        module.train()
+
+    def look(step: int) -> None:
+        """Evaluate, and write the row of step `step`."""
+        for history, row in zip(histories, evaluate()):
+            history.steps.append(step)
+            for name, value in row.items():
+                history.accuracy.setdefault(name, []).append(value)
+
+    def check(step: int) -> Tensor:
+        """Stop at a bad loss with the last good weights; return the sum of the losses since the last check."""
+        losses = torch.stack(window).view(len(window), -1)
+        bad = ~losses.isfinite()
+        sound = step < total or all(bool(p.isfinite().all()) for p in tensors)
+        if bad.any() or not sound:
+            first = int(bad.any(1).float().argmax()) if bad.any() else len(window)
+            # The loss of the weights at the last check is the window's first: if it is bad, go back one more.
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, latest if first > 0 else earlier)
+            where = f" of run {int(bad[first].float().argmax())}" if len(histories) > 1 and bad.any() else ""
+            raise NonFiniteLoss(
+                f"The loss{where} is not finite at step {step - len(window) + first} (learning rate {lr:g}, penalty by "
+                f"{penalty}): training stopped with the last weights known to have a finite loss. Lower lr, or, if the "
+                f"penalty enters through its gradient, lower lr * strength or use penalty='pull'.")
+        torch._foreach_copy_(earlier, latest)
+        torch._foreach_copy_(latest, tensors)
+        window.clear()
+        return losses.sum(0).double()
+
+    if watched:
+        look(0)
+    step = 0
+    for epoch in range(epochs):
+        summed = 0.0
+        for batch in orders(epoch).split(batch_size, dim=-1):
+            opt.zero_grad(set_to_none=True)
+            loss = loss_of(batch)
+            loss.sum().backward()
+            if memory is not None and penalty == "gradient":
+                memory.add_gradient()
+            opt.step()
+            if memory is not None and penalty == "pull":
+                memory.pull(_step_sizes(opt, parameters))
+            if rates is not None:
+                rates.step()
+            window.append(loss.detach() * batch.shape[-1])
+            step += 1
+            if len(window) == CHECK_EVERY or step % per_epoch == 0:
+                summed = summed + check(step)
+            if watched and step % every == 0:
+                look(step)
+                for module in modules:
+                    module.train()
+        for history, value in zip(histories, (summed / size).view(-1).tolist()):
+            history.loss.append(value)
+
+
+def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> float | dict[str, Tensor]:
+    r"""The step s that turns the optimiser's move into ``-s * gradient`` when the gradient is constant.
+
+    With momentum m the moves add up to s = lr / (1 - m); Adam divides by the root of its second
+    moment, element by element. With this s the proximal step and the penalty's gradient have the
+    same fixed point, so that one strength means the same in both.
+    """
+    group = opt.param_groups[0]
+    lr = group["lr"]
+    if isinstance(opt, torch.optim.SGD):
+        return lr / (1 - group["momentum"])
+    sizes = {}
+    for name, p in parameters.items():
+        state = opt.state[p]
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        sizes[name] = lr / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
+    return sizes
+
+
+class _Single:
+    """A memory and its model, as the loop sees them."""
+
+    def __init__(self, model: nn.Module, memory) -> None:
+        self.model, self.memory = model, memory
+
+    def add_gradient(self) -> None:
+        self.memory.add_gradient(self.model)
+
+    def pull(self, step) -> None:
+        self.memory.pull(self.model, step)
+
+
+class _Stacked:
+    """R quadratic memories on stacked parameters: the penalties of all runs in a few element-wise operations."""
+
+    def __init__(self, parameters: dict[str, Tensor], memories: Sequence) -> None:
+        self.parameters = parameters
+        self.weight, self.anchor = {}, {}  # lambda * F and theta*, stacked as the parameters are
+        for name, p in parameters.items():
+            weight, anchor = torch.zeros_like(p), p.detach().clone()
+            for r, memory in enumerate(memories):
+                if memory is not None and memory.fisher:
+                    weight[r] = memory.strength * memory.fisher[name]
+                    anchor[r] = memory.theta_star[name]
+            self.weight[name], self.anchor[name] = weight, anchor
+
+    def add_gradient(self) -> None:
+        for name, p in self.parameters.items():
+            p.grad.addcmul_(self.weight[name], p.detach() - self.anchor[name])
+
+    def pull(self, step: float | dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                w = self.weight[name] * (step[name] if isinstance(step, dict) else step)
+                p.lerp_(self.anchor[name], w / (1 + w))
+
+
+def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool) -> Callable[[int], Tensor]:
+    """Epoch -> order of the examples: shape ``(n,)``, or ``(R, n)`` when runs have their own."""
+    generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+
+    def order(epoch: int) -> Tensor:
+        rows = [torch.randperm(n, generator=g) for g in generators]
+        return (torch.stack(rows) if stacked else rows[0]).to(device)
+
+    return order
+
+
+def _choose(what: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(repr(a) for a in allowed)}, not {value!r}.")
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _save(path: Path, names, done: int, models, memories, matrix: Tensor) -> None:
+    """Write the state beside the file, then rename: a kill at any moment leaves a whole file."""
+    if _distributed() and dist.get_rank() != 0:
+        return
+    state = {"tasks": names, "done": done, "matrix": matrix,
+             "models": [m.state_dict() for m in models],
+             "memories": [m.state_dict() if m is not None else None for m in memories]}
+    part = path.with_name(path.name + ".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def _restore(path: Path, names, models, memories, matrix: Tensor) -> int:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as problem:
+        raise ValueError(f"{path} is not a readable checkpoint ({problem}); remove it to start afresh.") from problem
+    if state.get("tasks") != names or len(state.get("models", ())) != len(models):
+        raise ValueError(f"{path} belongs to another run (tasks {state.get('tasks')}, {len(state.get('models', ()))} "
+                         f"models), not to this one (tasks {names}, {len(models)} models); choose another file.")
+    for model, saved in zip(models, state["models"]):
+        model.load_state_dict(saved)
+    for memory, saved in zip(memories, state["memories"]):
+        if memory is not None:
+            memory.load_state_dict(saved)
+    matrix.copy_(state["matrix"])
+    return state["done"]
