@@ -27,7 +27,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-REHEARSED = 3  # examples on which every fast path is compared with plain autograd
+REHEARSED = 2  # examples on which every fast path is compared with plain autograd
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # of that comparison; 0.2 in half precision
+SMALL = 2**20  # numbers in a temporary tensor that is worth making at one go
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -427,9 +429,9 @@ class Engine:
 
     def examples_at_once(self, x: Tensor) -> int:
         if self.batch_size is None:
-            _, calls = record(self.model, x[:1], self.names)
+            _, calls = record(self.model, x[:REHEARSED], self.names)
             kernel = [math.prod(getattr(c.layer, "kernel_size", (1,))) for c in calls]
-            size = x[:1].numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel))
+            size = x[0].numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel)) // REHEARSED
             self.batch_size = max(16, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
         return self.batch_size
 
@@ -448,13 +450,17 @@ class Engine:
         if not z.requires_grad:
             raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
         owners, used = closed_calls(z, calls, self.names)
+        owners = {name: own for name, own in owners.items() if name not in self.refused}
         marks = {name: tuple(c.signature(len(x)) for c in own) for name, own in owners.items()}
-        if not self.rehearsed or any(
-            marks[name] not in self.trusted.get(name, ()) for name in owners if name not in self.refused
-        ):
+
+        def trusted(name: str) -> bool:
+            return marks[name] in self.trusted.get(name, ())
+
+        if not (self.rehearsed and all(map(trusted, owners))):
             self._rehearse(x[:REHEARSED])
-        owners = {name: own for name, own in owners.items() if marks[name] in self.trusted.get(name, ())}
-        sums = self._closed(owners, z, vectors)
+        sums = self._closed({name: own for name, own in owners.items() if name not in self.refused}, z, vectors)
+        # What the rehearsal could not tell, since it saw zeros only, counts where it is zero again.
+        sums = {name: total for name, total in sums.items() if trusted(name) or not total.any()}
         del z, calls, owners  # the graph
         rest = [name for name in self.wanted if name in used and name not in sums]
         sums |= self._per_example([name for name in rest if name not in self.looped], x, vectors)
@@ -531,20 +537,24 @@ class Engine:
         for i in range(len(x) if names else 0):
             try:
                 one = self.model(x[i : i + 1])
-                if z is not None:
-                    self._check_alone(one, z[i : i + 1])
-                for k in range(len(vectors)):
-                    v, last = vectors[k][i : i + 1], k == len(vectors) - 1
-                    for n, g in zip(names, torch.autograd.grad(one, params, v, retain_graph=not last, allow_unused=True)):
-                        if g is not None:
-                            g = g.to_dense() if g.is_sparse else g
-                            sums[n] += g.to(sums[n].dtype).square()
-            except (RuntimeError, NotImplementedError) as error:
-                raise RuntimeError(
-                    f"No gradients per example for parameter {names[0]!r}"
-                    + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-                    + f": autograd failed with: {error}"
+            except Exception as error:
+                raise ValueError(
+                    f"The model fails on one example alone, so it has no Fisher information per example: {error}"
                 ) from error
+            if z is not None:
+                self._check_alone(one, z[i : i + 1])
+            for k in range(len(vectors)):
+                v, last = vectors[k][i : i + 1], k == len(vectors) - 1
+                try:
+                    grads = torch.autograd.grad(one, params, v, retain_graph=not last, allow_unused=True)
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"No gradients per example for {', '.join(map(repr, names))}: autograd failed with: {error}"
+                    ) from error
+                for n, g in zip(names, grads):
+                    if g is not None:
+                        g = (g.to_dense() if g.is_sparse else g).to(sums[n].dtype)
+                        sums[n].addcmul_(g, g)
         return sums
 
     def _check_alone(self, one: Tensor, among: Tensor) -> None:
@@ -553,7 +563,7 @@ class Engine:
                 f"For one example the model returned shape {tuple(one.shape)} instead of {tuple(among.shape)}; "
                 "the first axis of inputs and logits must be that of the examples."
             )
-        if not _agree(one.detach(), among.detach(), 0.0):
+        if torch.dist(one.detach(), among) > TOLERANCE.get(among.dtype, 0.2) * among.norm():
             raise ValueError(
                 "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
                 "normalisation without running statistics? examples not on the first axis?) or is random in eval "
@@ -568,15 +578,20 @@ class Engine:
         owners, _ = closed_calls(z, calls, self.names)
         fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
         truth = self._one_by_one(list(self.wanted), x, v, z.detach())
-        largest = max(float(t.max()) for t in truth.values())
+        size = {name: float(t.norm()) for name, t in truth.items()}
+        scale = max(size[name] / math.sqrt(t.numel()) for name, t in truth.items())
 
         def agrees(name: str, value: Tensor) -> bool:
-            return _agree(value.reshape(truth[name].shape), truth[name], largest, self.wanted[name].dtype)
+            dtype = self.wanted[name].dtype
+            # A gradient that is zero but for rounding (a bias before a normalisation) is judged against the others.
+            floor = min(1e-3, (100 * torch.finfo(dtype).eps) ** 2) * scale * math.sqrt(value.numel())
+            distance = float(torch.dist(value.reshape(truth[name].shape), truth[name]))
+            return distance <= TOLERANCE.get(dtype, 0.2) * size[name] + floor
 
         for name, value in fast.items():
             if not agrees(name, value):
                 self.refused.add(name)
-            elif truth[name].any():  # zeros prove nothing: look again at the next chunk
+            elif size[name]:  # zeros prove nothing: look again at the next chunk
                 mark = tuple(c.signature(len(x)) for c in owners[name])
                 self.trusted.setdefault(name, set()).add(mark)
         if not self.rehearsed:
@@ -585,11 +600,3 @@ class Engine:
                 if not agrees(name, value):
                     self.looped.add(name)
         self.rehearsed = True
-
-
-def _agree(a: Tensor, b: Tensor, largest: float, dtype: torch.dtype | None = None) -> bool:
-    """Equal up to rounding. A gradient that is zero but for rounding is judged against the ``largest`` square."""
-    eps = torch.finfo(dtype or b.dtype).eps
-    tolerance = {torch.float64: 1e-6, torch.float32: 2e-3}.get(dtype or b.dtype, 0.2)
-    floor = min(1e-3, (100 * eps) ** 2) * largest * math.sqrt(b.numel())
-    return float((a - b).norm()) <= tolerance * float(b.norm()) + floor

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,7 @@ class _Columns(Sequence):
         u_top = self.u.gather(1, self.top)
         self.q = (-log_p.exp() / (1 + u_top)).scatter(1, self.top, -u_top)
         self.chosen = chosen
+        self.ready: dict[int, Tensor] = {}
         self.positions = range(log_p.shape[2])
         if softmax.counted is not None:
             self.positions = softmax.counted.any(0).nonzero().flatten().tolist()
@@ -208,27 +209,35 @@ class _Columns(Sequence):
     def __getitem__(self, k: int) -> Tensor:
         if not 0 <= k < len(self):
             raise IndexError(k)
+        if self.u.shape[2] > 1:
+            return self._columns(k, k + 1)[0]
+        if k not in self.ready:  # made many at a time: a small operation costs more than its arithmetic
+            stop = min(len(self), k + max(1, _layers.SMALL // self.u.numel()))
+            self.ready = dict(zip(range(k, stop), self._columns(k, stop)))
+        return self.ready[k]
+
+    def _columns(self, start: int, stop: int) -> list[Tensor]:
         n, classes, positions = self.u.shape
         if self.chosen:
-            index, counts = self.chosen[0][:, k : k + 1], self.chosen[1][:, k : k + 1]
+            index = self.chosen[0][:, start:stop]
             j, t = index // positions, index % positions
         else:
-            place, j = divmod(k, classes - 1)
-            t = self.positions[place]
-            j = torch.where(self.top[:, :, t] == j, classes - 1, j)  # the last class stands in for the top one
-            t, counts = torch.full_like(j, t), None
+            k = torch.arange(start, stop, device=self.u.device)
+            t = torch.tensor(self.positions, device=k.device)[k // (classes - 1)].expand(n, -1)
+            j = k % (classes - 1)
+            top = self.top[:, 0].gather(1, t)
+            j = torch.where(top == j, classes - 1, j)  # the last class stands in for the top one
+        rows = torch.arange(n, device=j.device).unsqueeze(1)
+        u = self.u[rows, j, t]  # (n, vectors)
+        if self.chosen:
+            u = u * self.chosen[1][:, start:stop]
+        column = u.T.unsqueeze(2) * self.q[rows, :, t].transpose(0, 1)  # (vectors, n, C)
+        column.scatter_add_(2, j.T.unsqueeze(2), u.T.unsqueeze(2))
         if positions == 1:
-            u, q = self.u.squeeze(2).gather(1, j), self.q.squeeze(2)
-        else:
-            rows = torch.arange(n, device=j.device)
-            u, q = self.u[rows, j[:, 0], t[:, 0]].unsqueeze(1), self.q[rows, :, t[:, 0]]
-        u = u if counts is None else u * counts
-        column = (u * q).scatter_add_(1, j, u)
-        if positions == 1:
-            return self.softmax.restore(column.unsqueeze(2))
+            return [self.softmax.restore(c.unsqueeze(2)) for c in column]
         v = torch.zeros_like(self.u)
-        v[rows, :, t[:, 0]] = column
-        return self.softmax.restore(v)
+        v[rows[:, 0], :, t[:, 0]] = column[0]
+        return [self.softmax.restore(v)]
 
     def weights(self) -> Tensor:
         """Squared length of every column, shape (n, C * T); 0 in the place of the column that is left out."""
@@ -357,7 +366,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(m, k, b, b._version, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
     try:
         model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
+        # cuDNN has no backward pass for recurrent layers in eval mode.
+        recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes) and torch.backends.cudnn.enabled
+        cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), cudnn:
             yield
     finally:
         for module, training in modes:
