@@ -19,9 +19,9 @@ MATHJAX = ("tex-chtml.js", "ui/lazy.js", "input/tex/extensions/html.js", "output
 
 # Every icon of the theme's buttons, by Font Awesome's class.
 ICONS = [
-    "angle-left", "angle-right", "arrow-up", "bars", "circle-half-stroke", "code", "download", "expand", "file",
-    "file-lines", "file-pdf", "github", "home", "lightbulb", "list", "magnifying-glass", "moon", "outdent",
-    "pencil-alt", "play", "rocket", "sun", "xmark",
+    "angle-left", "angle-right", "arrow-up", "bars", "chevron-down", "circle-half-stroke", "code", "download",
+    "expand", "file", "file-lines", "file-pdf", "github", "home", "lightbulb", "list", "magnifying-glass", "moon",
+    "outdent", "pencil-alt", "play", "rocket", "sun", "xmark",
 ]
 UNUSED = (
     "scripts/fontawesome.js", "scripts/fontawesome.js.LICENSE.txt", "vendor/fontawesome", "locales", "webpack-macros.html"
@@ -66,6 +66,9 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
     (static / "icons.css").write_text(icon_rules(), encoding="utf-8")
     for path in (*(static / name for name in UNUSED), *static.rglob("*.map")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for sheet in (static / "styles").glob("*.css"):  # no rule can load a font that is not declared
+        rules = sheet.read_text(encoding="utf-8")
+        sheet.write_text(re.sub(r"@font-face\s*\{[^}]*webfonts[^}]*\}", "", rules), encoding="utf-8")
 
 
 def check_alternatives(app: Sphinx, doctree: nodes.document, page: str) -> None:
