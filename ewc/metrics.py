@@ -1,7 +1,7 @@
 r"""What sequential learning has kept, in four numbers.
 
-The accuracy matrix :math:`R`, shape ``(T, T)``, holds in row i, column j the test accuracy on task j after learning
-task i; `ewc.training.run` returns it.
+The accuracy matrix :math:`R`, shape ``(T, T)``, holds in row i, column j the test accuracy on task j after
+learning task i; `ewc.training.run` returns it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def accuracy(
     Args:
         model: a network with logits of shape ``(n, classes)``.
         data: a task, of which the test set is used, or a set of images and labels.
-        classes: the classes among which the network may choose, as when it is told which task an image belongs to;
-            default all of them.
+        classes: the classes among which the network may choose, as when it is told which task an image
+            belongs to; default all of them.
         batch_size: images in one pass; the result does not depend on it.
 
     Raises:

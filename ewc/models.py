@@ -1,4 +1,4 @@
-"""The small networks that the chapters train. They all return logits: nothing follows the last linear layer."""
+"""The small networks that the chapters train; they return logits: nothing follows the last linear layer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +19,12 @@ def mlp(
     """A multilayer perceptron: linear layers with an activation between them, none after the last.
 
     Args:
-        features: number of inputs, such as `task.features`; images `(N, 1, H, W)` are flattened first.
+        features: number of inputs, such as ``task.features``; images ``(N, 1, H, W)`` are flattened first.
         hidden: widths of the hidden layers; may be empty (softmax regression).
         classes: number of outputs K.
         activation: the module between linear layers.
-        seed: makes the initial parameters a function of the seed alone and leaves PyTorch's global generator as it was.
+        seed: makes the initial parameters a function of the seed alone and leaves PyTorch's global generator
+            as it was.
 
     Raises:
         ValueError: a width is not positive.
@@ -40,13 +41,13 @@ def mlp(
 def convnet(
     shape: tuple[int, int, int], classes: int, channels: Sequence[int] = (16, 32), *, seed: int | None = None
 ) -> nn.Sequential:
-    """A small convolutional network: 3×3 convolutions with ReLU, each followed by 2×2 pooling, then one linear layer.
+    """A small convolutional network: 3×3 convolutions, each with ReLU and 2×2 pooling, then one linear layer.
 
     Args:
-        shape: `(channels, H, W)` of an image, such as `task.shape`.
+        shape: ``(channels, H, W)`` of an image, such as ``task.shape``.
         classes: number of outputs K.
         channels: output channels of each convolution; every one of them halves the image.
-        seed: as for `mlp`.
+        seed: as for ``mlp``.
 
     Raises:
         ValueError: a width is not positive, or the image is too small to be halved that often.
@@ -56,7 +57,7 @@ def convnet(
     height, width = height >> len(channels), width >> len(channels)
     if height < 1 or width < 1:
         raise ValueError(
-            f"Images of {shape[1]}×{shape[2]} pixels cannot be halved {len(channels)} times; use fewer channels."
+            f"Images of {shape[1]}×{shape[2]} pixels cannot be halved {len(channels)} times; use fewer."
         )
     with _seeded(seed):
         layers: list[nn.Module] = []
@@ -67,9 +68,9 @@ def convnet(
 
 
 class MultiHead(nn.Module):
-    """One body shared by all tasks and one linear output layer ("head") per task; `active` says which one answers.
+    """One body shared by all tasks and one linear output layer ("head") per task.
 
-    Set `model.active = t` before training or testing on task t (task-incremental learning).
+    Set ``model.active = t`` before training or testing on task t (task-incremental learning).
 
     Attributes:
         body: maps inputs to features.
@@ -98,15 +99,15 @@ def multihead(
     *,
     seed: int | None = None,
 ) -> MultiHead:
-    """A multilayer perceptron with one output layer per task, for tasks of `classes` classes each.
+    """A multilayer perceptron with one output layer per task, for tasks of ``classes`` classes each.
 
     Args:
         features: number of inputs.
         hidden: widths of the shared hidden layers, at least one.
         classes: number of outputs of each head.
         tasks: number of heads.
-        activation: as for `mlp`.
-        seed: as for `mlp`.
+        activation: as for ``mlp``.
+        seed: as for ``mlp``.
 
     Raises:
         ValueError: a width or the number of tasks is not positive, or there is no hidden layer to share.
@@ -128,7 +129,7 @@ def _require_positive(widths: Sequence[int]) -> None:
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Draws inside come from `seed`, and PyTorch's global generator is left as it was; `None` draws from the latter."""
+    """Draws come from ``seed`` and leave PyTorch's global generator alone; None draws from the latter."""
     if seed is None:
         yield
         return

@@ -1,8 +1,9 @@
 """Image classification tasks as tensors on one device: what the book's networks learn, and forget.
 
-A `Task` holds standardised images and labels, already on the compute device, so that a batch is an index selection.
-`load` reads four data sets: MNIST and Fashion-MNIST, which must be on disk or are downloaded by torchvision, and the
-embedded pair `digits` and `letters`, which need no network. `permuted`, `rotated` and `split` make new tasks of old ones.
+A ``Task`` holds standardised images and labels, already on the compute device, so that a batch is an index
+selection. ``load`` reads four data sets: MNIST and Fashion-MNIST, which must be on disk or are downloaded by
+torchvision, and the embedded pair ``digits`` and ``letters``, which need no network. ``permuted``,
+``rotated`` and ``split`` make new tasks of old ones.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 
 TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST", "digits": "digits", "letters": "letters"}
 
-# name -> torchvision's class, which knows mirrors and checksums, and the MD5 sums of the four uncompressed files.
+# name -> torchvision's class, which knows the mirrors, and the MD5 sums of the four uncompressed files.
 REAL = {
     "mnist": (
         datasets.MNIST,
@@ -77,11 +78,11 @@ class Task:
     """A classification task whose tensors live on one device.
 
     Attributes:
-        name: what the task is called, such as `"mnist"` or `"mnist permuted 3"`.
-        train: training images, float32 `(N, 1, H, W)`, standardised, and labels, int64 `(N,)`.
+        name: what the task is called, such as ``"mnist"`` or ``"mnist permuted 3"``.
+        train: training images, float32 ``(N, 1, H, W)``, standardised, and labels, int64 ``(N,)``.
         test: the same for the test images.
         classes: number of classes K, the width of the network's output; labels are 0 … K−1.
-        shape: `(1, H, W)`.
+        shape: ``(1, H, W)``.
         mean: mean of the training set's pixels before standardisation, on a scale from 0 to 1.
         std: their standard deviation, on the same scale.
         labels: one name per class.
@@ -103,7 +104,7 @@ class Task:
 
     @property
     def title(self) -> str:
-        """The name as it is written in a figure or a sentence: `Fashion-MNIST` for `fashion`."""
+        """The name as it is written in a figure or a sentence: ``Fashion-MNIST`` for ``fashion``."""
         first, *rest = self.name.split(" ", 1)
         return " ".join([TITLES.get(first, first), *rest])
 
@@ -113,7 +114,7 @@ class Task:
         return self.train.tensors[0].device
 
     def take(self, n_train: int, n_test: int) -> "Task":
-        """The task with at most the first `n_train` training and `n_test` test images (the order is already random)."""
+        """At most the first ``n_train`` training and ``n_test`` test images; their order is random."""
         if n_train < 1 or n_test < 1:
             raise ValueError(f"take() needs at least one image of each kind, not {n_train} and {n_test}.")
         return replace(
@@ -121,7 +122,9 @@ class Task:
         )
 
     def validation(self, fraction: float = 0.1, seed: int = 0) -> "Task":
-        """The training images alone, split in two: choose hyperparameters on this task and leave the test set untouched.
+        """The training images alone, split in two.
+
+        Hyperparameters chosen on this task leave the test set untouched.
 
         Args:
             fraction: the part of the training images that becomes the new task's test set, between 0 and 1.
@@ -154,10 +157,12 @@ def device() -> torch.device:
 
 
 def scale() -> str:
-    """`"quick"` or `"full"`, from the environment variable `EWC_SCALE`; by default full on a GPU and quick on a CPU.
+    """``"quick"`` or ``"full"``, from the environment variable ``EWC_SCALE``.
+
+    The default is full on a GPU and quick on a CPU.
 
     Raises:
-        ValueError: `EWC_SCALE` is something else.
+        ValueError: ``EWC_SCALE`` is something else.
     """
     return _setting("EWC_SCALE", ("quick", "full"), "full" if device().type == "cuda" else "quick")
 
@@ -165,14 +170,15 @@ def scale() -> str:
 def load(name: str, device: torch.device | str | None = None) -> Task:
     """One of the four data sets as a task, standardised with the mean and deviation of its training pixels.
 
-    `"mnist"` and `"fashion"` (28×28, 60,000 + 10,000 images) are read from the folder that the environment variable
-    `EWC_DATA` names (default: the user's cache folder), in torchvision's layout; if they are not there, torchvision
-    downloads them to it. `"digits"` (8×8, scikit-learn's 1,797 scanned digits) and `"letters"` (8×8, the glyphs A to J
-    in 16 fonts, light on a dark plate, rotated, sheared, scaled, shifted and blurred at random) need no network.
+    ``"mnist"`` and ``"fashion"`` (28×28, 60,000 + 10,000 images) are read from the folder that the
+    environment variable ``EWC_DATA`` names (default: the user's cache folder), in torchvision's layout; if
+    they are not there, torchvision downloads them to it. ``"digits"`` (8×8, scikit-learn's 1,797 scanned
+    digits) and ``"letters"`` (8×8, the glyphs A to J in 16 fonts, light on a dark plate, rotated, sheared,
+    scaled, shifted and blurred at random) need no network.
 
     Args:
-        name: `"mnist"`, `"fashion"`, `"digits"` or `"letters"`.
-        device: where the tensors are put; default `tasks.device()`.
+        name: ``"mnist"``, ``"fashion"``, ``"digits"`` or ``"letters"``.
+        device: where the tensors are put; default ``tasks.device()``.
 
     Raises:
         ValueError: there is no data set of this name.
@@ -198,16 +204,16 @@ def load(name: str, device: torch.device | str | None = None) -> Task:
 def pair(device: torch.device | str | None = None) -> tuple[Task, Task]:
     """The two tasks that the book runs on; their names say which pair it is.
 
-    The environment variable `EWC_DATASET` chooses: `mnist` is MNIST and Fashion-MNIST, `embedded` is digits and letters,
-    and `auto`, the default, is the first pair where it is on disk or can be downloaded and the second one otherwise.
-    After a failed download `auto` does not try again for ten minutes.
+    The environment variable ``EWC_DATASET`` chooses: ``mnist`` is MNIST and Fashion-MNIST, ``embedded`` is
+    digits and letters, and ``auto``, the default, is the first pair where it is on disk or can be downloaded
+    and the second one otherwise. After a failed download ``auto`` does not try again for ten minutes.
 
-    At the scale `quick` MNIST and Fashion-MNIST are cut to their first 6,000 training and 2,000 test images, which a
-    CPU trains on in seconds; the embedded pair is small enough as it is.
+    At the scale ``quick`` MNIST and Fashion-MNIST are cut to their first 6,000 training and 2,000 test
+    images, which a CPU trains on in seconds; the embedded pair is small enough as it is.
 
     Raises:
-        ValueError: `EWC_DATASET` is something else.
-        FileNotFoundError: `EWC_DATASET=mnist` and the files cannot be had.
+        ValueError: ``EWC_DATASET`` is something else.
+        FileNotFoundError: ``EWC_DATASET=mnist`` and the files cannot be had.
         RuntimeError: a file on disk is truncated or corrupt, which is never passed over in silence.
     """
     choice = _setting("EWC_DATASET", ("auto", "mnist", "embedded"), "auto")
@@ -236,7 +242,7 @@ def permuted(task: Task, seed: int) -> Task:
 
 
 def rotated(task: Task, degrees: float) -> Task:
-    """The task with every image turned counter-clockwise about its centre; the corners are filled with background.
+    """The task with every image turned counter-clockwise about its centre, on an empty background.
 
     Args:
         task: the original.
@@ -256,9 +262,9 @@ def split(task: Task, groups: Sequence[Sequence[int]] | None = None, *, relabel:
     Args:
         task: the original.
         groups: disjoint groups of classes; default two by two: (0, 1), (2, 3), …
-        relabel: False keeps the labels and the number of classes (class-incremental learning, one output per class).
-            True numbers each group's classes from 0 in its order (domain- and task-incremental learning, where the
-            tasks share an output layer or have one each).
+        relabel: False keeps the labels and the number of classes (class-incremental learning, one output per
+            class). True numbers each group's classes from 0 in its order (domain- and task-incremental
+            learning, where the tasks share an output layer or have one each).
 
     Raises:
         ValueError: no groups, an empty group, a class that does not exist, or one in two groups.
@@ -295,7 +301,7 @@ def joint(*parts: Task) -> Task:
 
 
 def _restricted(task: Task, group: tuple[int, ...], relabel: bool) -> Task:
-    """The task with the images of `group` alone."""
+    """The task with the images of ``group`` alone."""
     member = torch.tensor(group, device=task.device)
 
     def keep(data: TensorDataset) -> TensorDataset:
@@ -314,7 +320,7 @@ def _select(data: TensorDataset, index: Tensor | slice) -> TensorDataset:
 
 
 def _mapped(task: Task, suffix: str, function) -> Task:
-    """The task with `function` applied to its images."""
+    """The task with ``function`` applied to its images."""
     (x, y), (x_test, y_test) = task.train.tensors, task.test.tensors
     return replace(
         task,
@@ -327,15 +333,15 @@ def _mapped(task: Task, suffix: str, function) -> Task:
 def _standardised(
     name: str, arrays: tuple[np.ndarray, ...], labels: tuple[str, ...], device: torch.device
 ) -> Task:
-    """A task of `(x, y, x_test, y_test)`: whole-numbered pixels `(N, H, W)` and labels."""
+    """A task of ``(x, y, x_test, y_test)``: whole-numbered pixels ``(N, H, W)`` and labels."""
     top = 16 if name in ("digits", "letters") else 255  # the value of a fully inked pixel
     x, y, x_test, y_test = (torch.from_numpy(array).to(device) for array in arrays)
     x, x_test = (images[:, None].float() / top for images in (x, x_test))
     mean, std = x.mean().item(), x.std().item()
     return Task(
         name=name,
-        train=TensorDataset((x - mean) / std, y.long()),
-        test=TensorDataset((x_test - mean) / std, y_test.long()),
+        train=TensorDataset(x.sub_(mean).div_(std), y.long()),
+        test=TensorDataset(x_test.sub_(mean).div_(std), y_test.long()),
         classes=len(labels),
         shape=tuple(x.shape[1:]),
         mean=mean,
@@ -377,7 +383,7 @@ def _real_labels(name: str) -> tuple[str, ...]:
 
 
 def _paths(name: str) -> dict[str, Path]:
-    """The files of a data set: uncompressed, or as `.gz` where only that is on disk."""
+    """The files of a data set: uncompressed, or as ``.gz`` where only that is on disk."""
     source, checksums = REAL[name]
     folder = _data_folder() / source.__name__ / "raw"
     paths = {file: folder / file for file in checksums}
@@ -389,7 +395,7 @@ def _missing(name: str) -> bool:
 
 
 def _read_real(name: str) -> tuple[np.ndarray, ...]:
-    """`(x, y, x_test, y_test)` of MNIST or Fashion-MNIST, downloaded if need be."""
+    """``(x, y, x_test, y_test)`` of MNIST or Fashion-MNIST, downloaded if need be."""
     if _missing(name):
         _download(name)
     arrays = []
@@ -418,7 +424,7 @@ def _checked(path: Path, checksum: str) -> bytes:
 
 
 def _download(name: str) -> None:
-    """Lets torchvision download a data set, into a temporary folder so that no half-written file is ever found."""
+    """Lets torchvision download a data set, by way of a temporary folder: nothing half-written is found."""
     source = REAL[name][0]
     folder = _data_folder() / source.__name__ / "raw"
     timeout = socket.getdefaulttimeout()
@@ -435,16 +441,16 @@ def _download(name: str) -> None:
     except (OSError, RuntimeError, EOFError, zlib.error) as error:
         _remember_failed_download()
         raise FileNotFoundError(
-            f"{TITLES[name]} is not in {folder} and could not be downloaded ({error}): set EWC_DATA to the folder "
-            f"that holds {source.__name__}/raw, or set EWC_DATASET=embedded to use the digits and letters that need "
-            "no download."
+            f"{TITLES[name]} is not in {folder} and could not be downloaded ({error}): set EWC_DATA to the "
+            f"folder that holds {source.__name__}/raw, or set EWC_DATASET=embedded to use the digits and "
+            "letters that need no download."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def _answers(url: str) -> bool:
-    """Whether a server answers in time; asked in a thread, since looking up a host's name knows no timeout."""
+    """Whether a server answers in time; asked in a thread, as looking up a host's name knows no timeout."""
     answer = queue.SimpleQueue()
 
     def ask() -> None:
@@ -478,11 +484,11 @@ def _download_failed_recently() -> bool:
 
 
 def _cached_letters() -> tuple[np.ndarray, ...]:
-    """`(x, y, x_test, y_test)`, from the cache if an undamaged copy is there."""
+    """``(x, y, x_test, y_test)``, from the cache if an undamaged copy is there."""
     path = _cache_folder() / f"letters-{LETTERS_VERSION}.npz"
     names = ("x", "y", "x_test", "y_test")
     damaged = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
-    with contextlib.suppress(*damaged), np.load(path, allow_pickle=False) as stored:
+    with contextlib.suppress(*damaged), path.open("rb") as file, np.load(file) as stored:
         return tuple(stored[name] for name in names)
     x, y = _render_letters(6000, seed=0)
     arrays = x[:5000], y[:5000], x[5000:], y[5000:]
@@ -495,7 +501,7 @@ def _cached_letters() -> tuple[np.ndarray, ...]:
 
 
 def _masters() -> np.ndarray:
-    """Every letter in every font, thin and bold, sharp and blurred: `(10, fonts, 2, 2, 64, 64)`, from 0 to 1."""
+    """Each letter in each font, thin and bold, sharp and blurred: ``(10, 16, 2, 2, 64, 64)``, 0 to 1."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     masters = np.zeros((len(LETTERS), len(FONTS), 2, 2, 64, 64), np.float32)
     for f, font in enumerate(FONTS):
@@ -514,8 +520,8 @@ def _masters() -> np.ndarray:
 
 
 def _render_letters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 `(count, 8, 8)` from 0 to 16, like the scanned digits, and labels, equally many of each."""
-    # Light letters on a dark plate: like clothes after digits, they share the pixels of the scans but not their look.
+    """Images uint8 ``(count, 8, 8)`` from 0 to 16, like the scans, and labels, equally many of each."""
+    # Light letters on a dark plate share the scans' pixels but not their look, like clothes after digits.
     draw = np.random.default_rng(seed)
     labels = draw.permutation(np.arange(count) % len(LETTERS))
     style = (draw.integers(n, size=count) for n in (len(FONTS), 2, 2))

@@ -1,0 +1,87 @@
+"""Metrics against sums written out by hand and loops over single images."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ewc import metrics, models, tasks
+
+
+@pytest.fixture(scope="module")
+def task():
+    return tasks.load("digits", "cpu").take(100, 83)
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 83, 1000])
+def test_accuracy_is_the_share_of_right_answers(task, batch_size):
+    model = models.mlp(64, [20], 10, seed=1).double()
+    task_x, task_y = task.test.tensors
+    x = task_x.double()
+    hits = sum(int(model(x[n : n + 1]).argmax()) == int(task_y[n]) for n in range(83))
+    assert 0 < hits < 83
+    assert metrics.accuracy(model, TensorDataset(x, task_y), batch_size=batch_size) == hits / 83
+
+
+def test_accuracy_of_a_task_uses_its_test_set(task):
+    model = models.mlp(64, [20], 10, seed=1)
+    assert metrics.accuracy(model, task) == metrics.accuracy(model, task.test)
+    assert metrics.accuracy(model, task) != metrics.accuracy(model, task.train)
+
+
+def test_accuracy_among_chosen_classes():
+    logits = torch.tensor([[9.0, 1, 2, 3], [0, 5, 9, 4], [0, 1, 3, 2], [9, 8, 7, 6]])
+    data = TensorDataset(logits, torch.tensor([3, 1, 3, 1]))
+    assert metrics.accuracy(nn.Identity(), data) == 0.0
+    assert metrics.accuracy(nn.Identity(), data, classes=(3, 1)) == 1.0
+    assert metrics.accuracy(nn.Identity(), data, classes=[2, 3]) == 0.25
+    with pytest.raises(ValueError, match="at least one class"):
+        metrics.accuracy(nn.Identity(), data, classes=[])
+
+
+def test_accuracy_leaves_the_model_as_it_was(task):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.9), nn.Linear(64, 10))
+    model[1].eval()  # a frozen layer inside a model in training
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert metrics.accuracy(model, task) == metrics.accuracy(model, task)  # eval mode: no dropout
+    assert [module.training for module in model] == [True, False, True, True] and model.training
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_accuracy_restores_the_mode_after_an_error(task):
+    model = models.mlp(5, [], 10, seed=0)
+    with pytest.raises(RuntimeError):
+        metrics.accuracy(model, task)
+    assert model.training
+
+
+def test_accuracy_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no images"):
+        metrics.accuracy(nn.Identity(), TensorDataset(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
+
+
+MATRIX = torch.tensor([[0.9, 0.2, 0.1], [0.6, 0.8, 0.3], [0.7, 0.5, 0.95]], dtype=torch.float64)
+
+
+def test_averages_by_hand():
+    assert metrics.average_accuracy(MATRIX) == pytest.approx((0.7 + 0.5 + 0.95) / 3)
+    assert metrics.backward_transfer(MATRIX) == pytest.approx(((0.7 - 0.9) + (0.5 - 0.8)) / 2)
+    assert metrics.forgetting(MATRIX) == pytest.approx(((0.9 - 0.7) + (0.8 - 0.5)) / 2)
+
+
+def test_forgetting_counts_from_the_best_accuracy_not_the_first():
+    matrix = MATRIX.clone()
+    matrix[1, 0] = 0.99  # task 1 improved while task 2 was learnt
+    assert metrics.forgetting(matrix) == pytest.approx(((0.99 - 0.7) + (0.8 - 0.5)) / 2)
+    assert metrics.backward_transfer(matrix) == pytest.approx(-0.25)
+
+
+def test_one_task_and_wrong_shapes():
+    one = torch.tensor([[0.5]])
+    assert metrics.average_accuracy(one) == 0.5
+    for measure in (metrics.backward_transfer, metrics.forgetting):
+        with pytest.raises(ValueError, match="at least 2 task"):
+            measure(one)
+    for wrong in (torch.zeros(2, 3), torch.zeros(3), torch.zeros(2, 3, 3)):
+        with pytest.raises(ValueError, match=r"shape \(T, T\)"):
+            metrics.average_accuracy(wrong)
