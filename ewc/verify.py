@@ -234,7 +234,9 @@ def _spot_check(residual: Any) -> str:
         point[symbol] = -value if symbol.is_negative else value
     try:
         value = sp.simplify(residual.subs(point))
-        vanishes = value.is_zero_matrix if getattr(value, "is_Matrix", False) else abs(sp.N(value)) < 1e-12
+        vanishes = bool(
+            value.is_zero_matrix if getattr(value, "is_Matrix", False) else abs(sp.N(value)) < 1e-12
+        )
     except (TypeError, ValueError):
         return "Give the symbols assumptions (positive=True, integer=True) and try again."
     where = ", ".join(f"{s} = {v}" for s, v in point.items()) or "every point"

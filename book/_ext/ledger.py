@@ -384,7 +384,13 @@ class Write(SphinxPostTransform):
         equations = list(self.rows.values())
         counts = Counter(row["kind"] for row in equations)
         text = ", ".join(f"{counts[kind]} {KINDS[kind][2]}" for kind in KINDS if counts[kind])
-        out = [nodes.paragraph("", f"{len(equations)} equations: {text}.", classes=["ledger-count"])]
+        out = [
+            nodes.paragraph(
+                "",
+                f"{len(equations)} equation{'s' * (len(equations) != 1)}: {text}.",
+                classes=["ledger-count"],
+            )
+        ]
         body = []
         for row in equations:
             code = [n for code in row["code"] for n in (*self.object_link(code), nodes.Text(" "))]
@@ -410,7 +416,8 @@ def link_docstrings(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    app.setup_extension("parts")
+    for extension in ("parts", "sphinx.ext.autodoc"):
+        app.setup_extension(extension)
     # Required once every chapter is written: until then code may name equations of chapters to come.
     app.add_config_value("ledger_require_code_targets", False, "env")
     for kind in ("definition", "assumption"):

@@ -65,7 +65,7 @@ def setup(app):
         app.add_node(
             node,
             html=(
-                lambda self, node, tag=tag: self.body.append(self.starttag(node, tag)),
+                lambda self, node, tag=tag: self.body.append(self.starttag(node, tag, "")),
                 lambda self, node, tag=tag: self.body.append(f"</{tag}>\n"),
             ),
         )
