@@ -95,7 +95,7 @@ def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
         ValueError: the Jacobian would be larger than 2 GiB.
     """
     theta, logits_of = _flat(model)
-    x = _like(inputs, theta)
+    x = like(inputs, theta)
     with evaluating(model):
         logits = _logits(logits_of, theta, x)
         _check_size(logits.numel() * len(theta), theta, f"The Jacobian of {len(x)} examples")
@@ -282,22 +282,29 @@ def _flat(model: nn.Module):
     if not trainable:
         raise ValueError("the model has no trainable parameter: there is nothing to differentiate.")
     theta = torch.cat([p.detach().reshape(-1) for p in trainable.values()])
-    # Tied weights are listed by hand: with a module that sits at two places, functional_call's own tying
-    # leaves the swapped tensors behind in the model.
-    names = {id(p): name for name, p in trainable.items()}
-    places = {
-        f"{path}.{own}".lstrip("."): names.get(id(p), p.detach())
-        for path, module in model.named_modules()
-        for own, p in module.named_parameters(recurse=False)
-    }
+    where = places(model)
 
     def logits_of(theta: Tensor, x: Tensor) -> Tensor:
         parts = theta.split([p.numel() for p in trainable.values()])
         new = {name: part.reshape(p.shape) for part, (name, p) in zip(parts, trainable.items())}
-        tensors = {place: new[value] if isinstance(value, str) else value for place, value in places.items()}
+        tensors = {place: new.get(name, held) for place, (name, held) in where.items()}
         return functional_call(model, tensors, (x,), tie_weights=False)
 
     return theta, logits_of
+
+
+def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Every place where a module holds a parameter -> the name that ``named_parameters`` gives it, its value.
+
+    With this list functional_call need not tie weights itself: given a module that sits at two places, its
+    own tying leaves the swapped tensors behind in the model.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{path}.{own}".lstrip("."): (names[id(p)], p.detach())
+        for path, module in model.named_modules()
+        for own, p in module.named_parameters(recurse=False)
+    }
 
 
 def _prepare(model: nn.Module, data):
@@ -330,25 +337,28 @@ def batches(data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from ((x, y) for x, y in data if len(x))
 
 
-def collect(data, like: Tensor) -> tuple[Tensor, Tensor]:
-    """All inputs and labels, on the device and in the type of ``like``."""
+def collect(data, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """All inputs and labels, on the device and in the type of θ."""
     pairs = list(batches(data, 1024))
     if not pairs:
         raise ValueError("the data holds no example: at least one is needed.")
     x, y = (torch.cat(parts) for parts in zip(*pairs))
-    return _like(x, like), y.to(like.device)
+    return like(x, theta), y.to(theta.device)
 
 
-def _like(x: Tensor, theta: Tensor) -> Tensor:
+def like(x: Tensor, theta: Tensor) -> Tensor:
     return x.to(theta.device, theta.dtype if x.is_floating_point() else None)
 
 
 def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """The logits, after checking that they are (N, C) and that the labels name one of the C classes."""
-    logits = logits_of(theta, x)
-    if logits.ndim != 2 or len(logits) != len(x):
+    return check(logits_of(theta, x), len(x), y)
+
+
+def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
+    """The logits, if they are (N, C) and the labels, if given, each name one of the C classes."""
+    if logits.ndim != 2 or len(logits) != examples:
         raise ValueError(
-            f"the model returns shape {tuple(logits.shape)} for {len(x)} examples: logits (N, C) needed."
+            f"the model returns shape {tuple(logits.shape)} for {examples} examples: logits (N, C) needed."
         )
     if y is not None and (y.ndim != 1 or y.min() < 0 or y.max() >= logits.shape[1]):
         raise ValueError(

@@ -1,0 +1,505 @@
+r"""Kronecker-factored Fisher information, and a penalty that sees pairs of weights.
+
+A linear layer with input a (a one appended for the bias) and gradient δ at its output has the score δaᵀ for
+its weights, so its block of the Fisher matrix is :math:`\mathbb E[a a^\top \otimes \delta \delta^\top]`.
+K-FAC replaces the mean of the product by the product of the means, :math:`A \otimes G`: two small matrices in
+place of one huge one. It is exact for one example, and whenever :math:`a a^\top` and
+:math:`\delta \delta^\top` are uncorrelated over the examples. Layers are taken to be independent of each
+other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from ewc import curvature
+from ewc.fisher import unwrap
+
+__all__ = ["KFAC", "Factors", "factors"]
+
+SETTINGS = ("expand", "reduce")
+
+
+class Factors(NamedTuple):
+    """One layer's Kronecker factors: A of its inputs, the bias last, and G of its outputs."""
+
+    A: Tensor
+    G: Tensor
+
+
+def factors(
+    model: nn.Module,
+    data: Dataset | DataLoader | tuple[Tensor, Tensor],
+    estimator: str = "exact",
+    *,
+    setting: str = "expand",
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+) -> dict[str, Factors]:
+    r"""The Kronecker factors of every trainable Linear and Conv2d layer, as means per example.
+
+    :math:`A = \mathbb E[a a^\top]`, :math:`G = \mathbb E[\delta \delta^\top]`, where a is the layer's input
+    with a one appended (a patch of it, for a convolution) and δ the gradient of the log probability of a
+    label at the layer's output, the label drawn from the model.
+
+    Where a layer is applied at R positions (of a sequence, of an image) the score is
+    :math:`\sum_r \delta_r a_r^\top`:
+
+    - ``"expand"`` takes positions for independent: :math:`A = \frac1{NR} \sum_{nr} a_{nr} a_{nr}^\top`,
+      :math:`G = \frac1N \sum_{nr} \delta_{nr} \delta_{nr}^\top`;
+    - ``"reduce"`` takes a or δ for equal at all positions: :math:`A = \frac1N \sum_n \bar a_n \bar a_n^\top`
+      with the mean :math:`\bar a_n` over positions, :math:`G = \frac1N \sum_n d_n d_n^\top` with the sum
+      :math:`d_n = \sum_r \delta_{nr}`. Needs the examples on the first axis of every layer's output.
+
+    At one position both are the same. No damping is added: nothing here is inverted.
+
+    Args:
+        model: a network that maps (N, ...) to logits (N, C); all its trainable parameters belong to Linear or
+            (ungrouped) Conv2d layers that run once. Freeze the others. The pass runs in eval mode.
+        data: a dataset, a loader or a pair of tensors (inputs, labels); in an initialised process group each
+            rank passes its own shard, and all get the mean over all of them.
+        estimator: whose labels, as in :func:`ewc.curvature.full_fisher`: ``"exact"`` (all classes, weighed by
+            the model's probabilities), ``"sampled"``, ``"probe"``, ``"empirical"`` or ``"argmax"``.
+        setting: ``"expand"`` or ``"reduce"``.
+        batch_size: examples in one pass.
+        generator: the source of randomness of ``"sampled"`` and ``"probe"``.
+
+    Returns:
+        layer name -> :class:`Factors`, A of shape (inputs + 1, inputs + 1), or without the one if the layer
+        has no bias, and G (outputs, outputs).
+
+    Raises:
+        ValueError: a layer without a Kronecker form (named), an unknown setting or estimator, empty data,
+            labels out of range.
+
+    Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature"
+    (2015); Grosse and Martens (2016) for convolutions; Eschenhagen et al., "Kronecker-factored approximate
+    curvature for modern neural network architectures" (2023) for expand and reduce.
+
+    Implements: eq-kfac-factors
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}: use 'expand' or 'reduce'.")
+    model = unwrap(model)
+    layers = _kronecker_layers(model)
+    weight = next(iter(layers.values())).weight
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    sums = {
+        name: Factors(
+            *(torch.zeros(n, n, dtype=kind, device=weight.device) for n in reversed(_matrix(layer).shape))
+        )
+        for name, layer in layers.items()
+    }
+    counts = torch.zeros(
+        1 + len(layers), dtype=kind, device=weight.device
+    )  # examples, then each layer's rows
+    with curvature.evaluating(model), torch.enable_grad():
+        for x, y in curvature.batches(data, batch_size):
+            x, y = curvature.like(x, weight), y.to(weight.device)
+            with _recorded(layers) as records:
+                logits = curvature.check(model(x), len(x), y)
+            outputs = [_one_output(name, layers[name], records[name]) for name in layers]
+            inputs = [_rows(name, layers[name], records[name][0][0], len(x), setting) for name in layers]
+            columns = curvature.score_columns(logits, y, estimator, generator=generator)
+            if not counts[0]:
+                _rehearse(layers, records, logits, columns.sum(0))
+            for a, total in zip(inputs, sums.values()):
+                total.A.addmm_(a.T.to(kind), a.to(kind))
+            for column in columns:
+                deltas = torch.autograd.grad(
+                    logits, outputs, column, retain_graph=True, materialize_grads=True
+                )
+                for (name, total), delta in zip(sums.items(), deltas):
+                    d = _positions(layers[name], delta)
+                    d = _by_example(name, d, len(x)).sum(1) if setting == "reduce" else d.flatten(0, -2)
+                    total.G.addmm_(d.T.to(kind), d.to(kind))
+            counts += torch.tensor([len(x), *map(len, inputs)]).to(counts)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for total in (counts, *(matrix for pair in sums.values() for matrix in pair)):
+            torch.distributed.all_reduce(total)
+    if not counts[0]:
+        raise ValueError("the data holds no example: the factors are means over at least one.")
+    return {name: Factors(A / rows, G / counts[0]) for (name, (A, G)), rows in zip(sums.items(), counts[1:])}
+
+
+class KFAC:
+    r"""A memory like :class:`ewc.EWC` that also knows which weights of a layer move together.
+
+    :math:`\Omega(\theta) = \frac\lambda2 \sum_{\text{layer}} \sum_t \operatorname{tr}(G_t \Delta A_t \Delta^\top)`,
+    where Δ (outputs, inputs + 1) is a layer's weight and, as its last column, its bias, minus the anchor θ*.
+
+    As for EWC, the factors are means per example and λ = N_A / N_B is what Bayes' rule asks for when the new
+    task's loss is a mean. There is no damping, because the penalty multiplies by the Fisher and never inverts
+    it: directions without curvature stay free.
+
+    Several tasks: one pair of factors per task is kept and their penalties are added, anchored at the newest
+    optimum (the online Laplace approximation of Ritter et al.; Huszár's correction in EWC's terms). The sum
+    of Kronecker products is not a Kronecker product, so merging the pairs into one would misstate it; the
+    price is memory that grows by (inputs + 1)² + outputs² per layer and task.
+
+    Before the first :meth:`consolidate` the penalty is 0.
+
+    Attributes:
+        strength: λ, finite and at least 0; may be changed at any time.
+        tasks: a list with, for each task, layer name -> :class:`Factors`.
+        theta_star: parameter name -> θ*, the newest optimum.
+
+    Source: Ritter, Botev and Barber, "Online structured Laplace approximations for overcoming catastrophic
+    forgetting" (NeurIPS 2018).
+
+    Implements: eq-kfac-penalty
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        estimator: str = "exact",
+        setting: str = "expand",
+        generator: torch.Generator | None = None,
+    ):
+        if estimator not in curvature.ESTIMATORS:
+            raise ValueError(
+                f"unknown estimator {estimator!r}: use one of {', '.join(curvature.ESTIMATORS)}."
+            )
+        if setting not in SETTINGS:
+            raise ValueError(f"unknown setting {setting!r}: use 'expand' or 'reduce'.")
+        self.strength = strength
+        self.estimator, self.setting, self.generator = estimator, setting, generator
+        self.tasks: list[dict[str, Factors]] = []
+        self.theta_star: dict[str, Tensor] = {}
+        self._bases: dict[str, tuple[Tensor, ...]] = {}
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"strength is the λ of (λ/2) tr(GΔAΔᵀ): a finite number, at least 0; got {value!r}."
+            )
+        self._strength = float(value)
+
+    def consolidate(self, model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> None:
+        """Measures the factors on the task just learnt, keeps them, and moves the anchor here.
+
+        Raises:
+            ValueError: what :func:`factors` raises, or a model that is not the stored one. The memory is then
+                as it was.
+        """
+        model = unwrap(model)
+        if self.tasks:
+            self._layers(model)
+        new = factors(model, data, self.estimator, setting=self.setting, generator=self.generator)
+        self.tasks.append(new)
+        self.theta_star = {
+            n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in new
+        }
+        self._bases = {}
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        r"""The value :math:`\frac\lambda2 \sum \operatorname{tr}(G \Delta A \Delta^\top)`, which has a gradient.
+
+        Implements: eq-kfac-penalty
+        """
+        model = unwrap(model)
+        total = next(model.parameters()).new_zeros(())
+        for name, layer in self._layers(model).items():
+            delta = _matrix(layer) - self._anchor(name)
+            total = total + (delta * self._curved(name, delta)).sum()
+        return self.strength / 2 * total
+
+    @torch.no_grad()
+    def add_gradient(self, model: nn.Module) -> None:
+        r"""Adds the penalty's gradient, :math:`\lambda \sum_t G_t \Delta A_t`, to every ``.grad``."""
+        for name, layer in self._layers(unwrap(model)).items():
+            gradient = self.strength * self._curved(name, _matrix(layer) - self._anchor(name))
+            for parameter, part in _parts(layer, gradient):
+                parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
+
+    @torch.no_grad()
+    def pull(self, model: nn.Module, step: float | Mapping[str, Tensor]) -> None:
+        r"""The proximal step on the penalty, in place: the Δ that solves
+        :math:`\Delta + s\lambda\sum_t G_t\Delta A_t = \Delta_0`.
+
+        With one task and a step s that is a number, this is exact and costs four small products: in the bases
+        :math:`G = U g U^\top, A = V a V^\top` every entry of :math:`U^\top \Delta V` is divided by
+        :math:`1 + s\lambda g_i a_j`. With several tasks, or a step for each weight (Adam's), no basis
+        diagonalises the system; conjugate gradients, preconditioned by the mean factors and the mean step,
+        solve it to a relative error of 1e-6 or stop after 50 products. Wherever they stop, the penalty has not
+        risen (but for rounding), whatever λ.
+
+        Args:
+            model: the network being trained.
+            step: s, the learning rate; or parameter name -> s, a number or a tensor of the parameter's shape.
+
+        Raises:
+            ValueError: a negative or non-finite step, one that is missing, or a model that is not the stored
+                one.
+        """
+        for name, layer in self._layers(unwrap(model)).items():
+            size = _step(layer, name, step)
+            if not size.any():
+                continue
+            anchor = self._anchor(name)
+            start = _matrix(layer) - anchor
+            if len(self.tasks) == 1 and size.ndim == 0:
+                delta = self._shrink(name, start, size)
+            else:
+                delta = self._conjugate_gradients(name, start, size)
+            for parameter, part in _parts(layer, anchor + delta):
+                parameter.copy_(part)
+
+    def state_dict(self) -> dict:
+        """Everything the memory knows; ``torch.load(weights_only=True)`` reads it back."""
+        return {
+            "strength": self.strength,
+            "estimator": self.estimator,
+            "setting": self.setting,
+            "tasks": [{name: {"A": A, "G": G} for name, (A, G) in task.items()} for task in self.tasks],
+            "theta_star": dict(self.theta_star),
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Takes over a :meth:`state_dict`, options included.
+
+        Raises:
+            ValueError: not the state of a `KFAC` memory; the memory is then as it was.
+        """
+        expected = self.state_dict().keys()
+        if not isinstance(state, Mapping) or set(state) != set(expected):
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"this is not the state of a KFAC memory: expected {sorted(expected)}, found {found}."
+            )
+        new = KFAC(
+            state["strength"],
+            estimator=state["estimator"],
+            setting=state["setting"],
+            generator=self.generator,
+        )
+        new.tasks = [
+            {
+                name: Factors(pair["A"].detach().clone(), pair["G"].detach().clone())
+                for name, pair in task.items()
+            }
+            for task in state["tasks"]
+        ]
+        new.theta_star = {name: value.detach().clone() for name, value in state["theta_star"].items()}
+        self.__dict__.update(new.__dict__)
+
+    def to(self, *args, **kwargs) -> KFAC:
+        """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
+        self.tasks = [
+            {name: Factors(*(matrix.to(*args, **kwargs) for matrix in pair)) for name, pair in task.items()}
+            for task in self.tasks
+        ]
+        self.theta_star = {name: value.to(*args, **kwargs) for name, value in self.theta_star.items()}
+        self._bases = {}
+        return self
+
+    def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The stored layers in this model, after checking every parameter's name, shape and device."""
+        have = dict(model.named_parameters())
+        for name, star in self.theta_star.items():
+            if name not in have or have[name].shape != star.shape or have[name].device != star.device:
+                found = f"{tuple(have[name].shape)} on {have[name].device}" if name in have else "none"
+                raise ValueError(
+                    f"the memory holds {name!r} of shape {tuple(star.shape)} on {star.device}, the model has "
+                    f"{found}: use the model that was consolidated, and memory.to(device)."
+                )
+        return {name: model.get_submodule(name) for name in (self.tasks[0] if self.tasks else ())}
+
+    def _anchor(self, name: str) -> Tensor:
+        prefix = f"{name}." if name else ""
+        return _joined(self.theta_star[prefix + "weight"], self.theta_star.get(prefix + "bias"))
+
+    def _curved(self, name: str, delta: Tensor) -> Tensor:
+        """Σ_t G_t Δ A_t."""
+        return sum(task[name].G.to(delta) @ delta @ task[name].A.to(delta) for task in self.tasks)
+
+    def _basis(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U, V and the products of eigenvalues g_i a_j of the summed G and the mean A."""
+        if name not in self._bases:
+            g, U = torch.linalg.eigh(sum(task[name].G for task in self.tasks))
+            a, V = torch.linalg.eigh(sum(task[name].A for task in self.tasks) / len(self.tasks))
+            self._bases[name] = U, V, torch.outer(g.clamp(min=0), a.clamp(min=0))  # rounding may leave -1e-9
+        return self._bases[name]
+
+    def _shrink(self, name: str, delta: Tensor, step: Tensor) -> Tensor:
+        U, V, curvatures = (part.to(delta) for part in self._basis(name))
+        return U @ ((U.T @ delta @ V) / (1 + step * self.strength * curvatures)) @ V.T
+
+    def _conjugate_gradients(self, name: str, start: Tensor, step: Tensor) -> Tensor:
+        """Δ = Δ₀ - √s u with (1 + √s λK √s) u = √s λK Δ₀, symmetric; K is Δ -> Σ GΔA."""
+        root, mean = step.sqrt(), step.mean()
+        residual = root * self.strength * self._curved(name, start)
+        u, goal = (
+            torch.zeros_like(start),
+            1e-6 * start.norm() / root.max(),
+        )  # the matrix is at least the identity
+        direction, old = torch.zeros_like(start), residual.new_ones(())
+        for _ in range(50):
+            if residual.norm() <= goal:
+                break
+            better = self._shrink(name, residual, mean)
+            new = (residual * better).sum()
+            direction = better + (new / old) * direction
+            image = direction + root * self.strength * self._curved(name, root * direction)
+            length = new / (direction * image).sum()
+            u, residual, old = u + length * direction, residual - length * image, new
+        return start - root * u
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+
+
+def _kronecker_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The trainable layers by name; refuses what has no single pair of Kronecker factors."""
+    layers, owner = {}, {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        trainable = [key for key, p in own.items() if p.requires_grad]
+        if not trainable:
+            continue
+        what = f"layer {name!r} ({type(module).__name__})"
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or not set(own) <= {"weight", "bias"}:
+            raise ValueError(
+                f"{what} has no Kronecker form: K-FAC covers Linear and Conv2d. Freeze its parameters "
+                "(requires_grad_(False)) or use EWC."
+            )
+        if getattr(module, "groups", 1) != 1:
+            raise ValueError(
+                f"{what} has groups={module.groups}: K-FAC covers ungrouped convolutions. Use EWC."
+            )
+        if len(trainable) < len(own):
+            raise ValueError(f"{what} is partly frozen: freeze both its weight and its bias, or neither.")
+        for p in own.values():
+            if owner.setdefault(id(p), name) != name:
+                raise ValueError(
+                    f"{what} shares a parameter with layer {owner[id(p)]!r}: K-FAC has no form for it."
+                )
+        layers[name] = module
+    if not layers:
+        raise ValueError("the model has no trainable parameter: there is nothing to measure.")
+    return layers
+
+
+@contextmanager
+def _recorded(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Notes each layer's input and output; hands on a copy of the output, safe from in-place activations."""
+    records = {name: [] for name in layers}
+
+    def note(name):
+        def hook(module, arguments, output):
+            records[name].append((arguments[0].detach().clone(), output))
+            return output.clone()
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _one_output(name: str, layer: nn.Module, record: list[tuple[Tensor, Tensor]]) -> Tensor:
+    if len(record) != 1:
+        raise ValueError(
+            f"layer {name!r} ({type(layer).__name__}) ran {len(record)} times in one pass; K-FAC needs "
+            "it to run once, through its own forward. Freeze it or use EWC."
+        )
+    return record[0][1]
+
+
+def _rows(name: str, layer: nn.Module, x: Tensor, examples: int, setting: str) -> Tensor:
+    """The layer's inputs as rows of a matrix, a one appended for the bias."""
+    if isinstance(layer, nn.Conv2d):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+        x = functional.unfold(
+            x, layer.kernel_size, layer.dilation, stride=layer.stride
+        ).mT  # (N, positions, inputs)
+    x = _by_example(name, x, examples).mean(1) if setting == "reduce" else x.flatten(0, -2)
+    return x if layer.bias is None else functional.pad(x, (0, 1), value=1.0)
+
+
+def _positions(layer: nn.Module, delta: Tensor) -> Tensor:
+    """A gradient at the output, channels last."""
+    return delta.flatten(2).mT if isinstance(layer, nn.Conv2d) else delta
+
+
+def _by_example(name: str, x: Tensor, examples: int) -> Tensor:
+    """(N, ..., features) as (N, positions, features)."""
+    if len(x) != examples:
+        raise ValueError(
+            f"layer {name!r} sees shape {tuple(x.shape)} for {examples} examples: setting 'reduce' needs the "
+            "examples on the first axis. Use 'expand'."
+        )
+    return x.reshape(examples, -1, x.shape[-1])
+
+
+def _rehearse(layers, records, logits: Tensor, column: Tensor) -> None:
+    """Refuses a layer whose δaᵀ is not the gradient that autograd finds: its weight is used elsewhere too."""
+    outputs = [records[name][0][1] for name in layers]
+    weights = [layer.weight for layer in layers.values()]
+    found = torch.autograd.grad(logits, outputs + weights, column, retain_graph=True, materialize_grads=True)
+    for (name, layer), delta, gradient in zip(layers.items(), found, found[len(layers) :]):
+        a = _rows(name, layer, records[name][0][0], len(logits), "expand")[:, : gradient[0].numel()]
+        product = _positions(layer, delta).flatten(0, -2).T @ a
+        error, slack = (product - gradient.flatten(1)).norm(), torch.finfo(gradient.dtype).eps ** 0.5
+        if not error <= slack * gradient.norm():
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) does more with its weight than multiply its "
+                "input, so it has no Kronecker form. Freeze it or use EWC."
+            )
+
+
+def _joined(weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = weight.flatten(1)
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The layer's weight with its bias as last column: (outputs, inputs + 1)."""
+    return _joined(layer.weight, layer.bias)
+
+
+def _parts(layer: nn.Module, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """The layer's trainable parameters with their parts of such a matrix."""
+    inputs = layer.weight[0].numel()
+    parts = [(layer.weight, matrix[:, :inputs].reshape(layer.weight.shape))]
+    if layer.bias is not None:
+        parts.append((layer.bias, matrix[:, inputs]))
+    return [(parameter, part) for parameter, part in parts if parameter.requires_grad]
+
+
+def _step(layer: nn.Module, name: str, step: float | Mapping[str, Tensor]) -> Tensor:
+    """The step as a number or, if it differs between weights, as a matrix of the layer's shape."""
+    if isinstance(step, Mapping):
+        prefix = f"{name}." if name else ""
+        own = {key: p for key, p in layer.named_parameters(recurse=False)}
+        for key in own:
+            if prefix + key not in step:
+                raise ValueError(
+                    f"step has no entry for {prefix + key!r}: give one for each parameter, or one number."
+                )
+        spread = {key: torch.as_tensor(step[prefix + key]).to(p).expand_as(p) for key, p in own.items()}
+        size = _joined(spread["weight"], spread.get("bias"))
+    else:
+        size = torch.as_tensor(step, dtype=layer.weight.dtype, device=layer.weight.device)
+    if not (size.isfinite().all() and (size >= 0).all()):
+        raise ValueError(f"step is a learning rate: finite and at least 0; got {step!r}.")
+    return size

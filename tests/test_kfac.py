@@ -1,0 +1,474 @@
+"""Kronecker factors against their definition, and the penalty against the dense quadratic form."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ewc import curvature, kfac
+from ewc.kfac import KFAC
+
+F64 = torch.float64
+CLASSES = 3
+
+
+class Sequence(nn.Module):
+    """A linear layer at every position, a sum over positions, a linear head."""
+
+    def __init__(self, activation=torch.tanh):
+        super().__init__()
+        self.body, self.head, self.activation = nn.Linear(3, 4), nn.Linear(4, CLASSES), activation
+
+    def forward(self, x):
+        return self.head(self.activation(self.body(x)).sum(1))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, CLASSES, bias=False))
+
+
+def convnet():
+    conv = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), padding_mode="circular")
+    return nn.Sequential(
+        conv, nn.Tanh(), nn.Conv2d(3, 2, 3, padding="same"), nn.Flatten(), nn.Linear(12, CLASSES)
+    )
+
+
+MODELS = {"mlp": (mlp, (3,)), "sequence": (Sequence, (5, 3)), "convolution": (convnet, (2, 5, 4))}
+
+
+def build(kind, seed=0, examples=6):
+    torch.manual_seed(seed)
+    make, shape = MODELS[kind]
+    model, x = make().double(), torch.randn(examples, *shape, dtype=F64)
+    model(x)
+    return model, (x, torch.randint(0, CLASSES, (examples,)))
+
+
+def close(actual, expected, rtol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.detach().abs().max().item())
+
+
+def definition(model, x, labels_and_weights, setting):
+    """Loops over examples, labels and positions; δ through a zero added to each layer's output."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    total = {}
+    for i, x_ in enumerate(x):
+        for label, weight in labels_and_weights(i, model(x_[None])[0].softmax(-1).detach()):
+            seen, zeros, handles = {}, {}, []
+            for name, layer in layers.items():
+
+                def hook(module, args, out, name=name):
+                    seen[name], zeros[name] = args[0].clone(), torch.zeros_like(out, requires_grad=True)
+                    return out + zeros[name]
+
+                handles.append(layer.register_forward_hook(hook))
+            model(x_[None])[0].log_softmax(-1)[label].backward()
+            for handle in handles:
+                handle.remove()
+            for name, layer in layers.items():
+                pairs = [*positions(layer, seen[name], zeros[name].grad)]
+                A, G = total.setdefault(name, [0.0, 0.0])
+                if setting == "expand":
+                    A = A + weight * sum(torch.outer(a, a) for a, _ in pairs) / len(pairs)
+                    G = G + weight * sum(torch.outer(d, d) for _, d in pairs)
+                else:
+                    a, d = sum(a for a, _ in pairs) / len(pairs), sum(d for _, d in pairs)
+                    A, G = A + weight * torch.outer(a, a), G + weight * torch.outer(d, d)
+                total[name] = [A, G]
+    model.zero_grad()
+    return {name: (A / len(x), G / len(x)) for name, (A, G) in total.items()}
+
+
+def positions(layer, x, delta):
+    """(a, δ) at every position. A convolution's patch is its output's gradient in its weight."""
+    one = [torch.ones(1, dtype=F64)] if layer.bias is not None else []
+    if isinstance(layer, nn.Linear):
+        for a, d in zip(x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1])):
+            yield torch.cat([a, *one]), d
+        return
+    single = copy.deepcopy(layer)
+    for r, c in [(r, c) for r in range(delta.shape[2]) for c in range(delta.shape[3])]:
+        patch = torch.autograd.grad(single(x)[0, 0, r, c], single.weight)[0][0]
+        yield torch.cat([patch.reshape(-1), *one]), delta[0, :, r, c]
+
+
+@pytest.mark.parametrize("setting", kfac.SETTINGS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_factors_are_their_definition(kind, setting):
+    model, data = build(kind)
+    found = kfac.factors(model, data, setting=setting, batch_size=4)
+    expected = definition(model, data[0], lambda i, p: list(enumerate(p)), setting)
+    assert found.keys() == expected.keys()
+    for name, (A, G) in expected.items():
+        close(found[name].A, A)
+        close(found[name].G, G)
+
+
+def test_empirical_factors_use_the_datas_labels():
+    model, data = build("sequence")
+    for name, (A, G) in definition(model, data[0], lambda i, p: [(data[1][i], 1.0)], "expand").items():
+        found = kfac.factors(model, data, "empirical")[name]
+        close(found.A, A)
+        close(found.G, G)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "probe"])
+def test_random_estimators_are_unbiased_and_follow_the_seed(estimator):
+    model, (x, y) = build("mlp")
+    exact = kfac.factors(model, (x, y))["0"].G
+
+    def draw(repeats, seed):
+        data = x.repeat(repeats, 1), y.repeat(repeats)
+        return kfac.factors(model, data, estimator, generator=torch.Generator().manual_seed(seed))["0"].G
+
+    errors = [(draw(n, 1) - exact).norm() / exact.norm() for n in (10, 10_000)]
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 5  # a thousandfold sample: about 30 times closer
+    assert torch.equal(draw(1, 2), draw(1, 2)) and not torch.equal(draw(10, 2), draw(10, 3))
+
+
+def dense(model, name, fisher):
+    """The layer's block of the full Fisher matrix, ordered as its weight matrix with the bias as last column."""
+    where = curvature.blocks(model)
+    layer = model.get_submodule(name)
+    index = torch.arange(fisher.shape[0])
+    weight = index[where[f"{name}.weight"]].reshape(layer.weight.shape[0], -1)
+    if layer.bias is not None:
+        weight = torch.cat([weight, index[where[f"{name}.bias"]].unsqueeze(1)], 1)
+    return fisher[weight.reshape(-1)][:, weight.reshape(-1)]
+
+
+def test_one_example_is_exact():
+    model, data = build("mlp", examples=1)
+    F = curvature.full_fisher(model, data)
+    for name, (A, G) in kfac.factors(model, data).items():
+        close(torch.kron(G, A), dense(model, name, F))
+
+
+def test_uncorrelated_factors_are_exact_and_correlated_ones_are_not():
+    model, data = build("mlp", examples=40)
+    first, last = kfac.factors(model, data)["0"], dense(model, "0", curvature.full_fisher(model, data))
+    assert (torch.kron(first.G, first.A) - last).norm() > 0.05 * last.norm()
+    with torch.no_grad():
+        model[
+            2
+        ].weight.zero_()  # every class is equally likely: δ of the last layer has the same law for all a
+    A, G = kfac.factors(model, data)["2"]
+    close(torch.kron(G, A), dense(model, "2", curvature.full_fisher(model, data)))
+
+
+def test_reduce_is_exact_where_positions_share_their_gradient():
+    torch.manual_seed(0)
+    model = Sequence(activation=lambda h: h).double()
+    data = torch.randn(1, 5, 3, dtype=F64), torch.zeros(1, dtype=torch.long)
+    block = dense(model, "body", curvature.full_fisher(model, data))
+    A, G = kfac.factors(model, data, setting="reduce")["body"]
+    close(torch.kron(G, A), block)
+    A, G = kfac.factors(model, data, setting="expand")["body"]
+    assert (torch.kron(G, A) - block).norm() > 0.1 * block.norm()
+
+
+def test_data_dtype_batches_and_model_are_respected():
+    model, (x, y) = build("mlp")
+    model.train()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    whole = kfac.factors(model, (x, y))
+    for data in (TensorDataset(x, y), DataLoader(TensorDataset(x, y), batch_size=5), (x.float().double(), y)):
+        close(kfac.factors(model, data, batch_size=2)["0"].G, whole["0"].G, rtol=1e-6)
+    assert model.training and torch.equal(model[0].weight.grad, torch.ones(4, 3, dtype=F64))
+    assert model[2].weight.grad is None and not model[0]._forward_hooks and not whole["0"].G.requires_grad
+    single = kfac.factors(model.float(), (x, y))
+    close(single["0"].A, whole["0"].A.float(), rtol=1e-5)
+    half = kfac.factors(model.bfloat16(), (x, y))
+    assert half["0"].G.dtype == torch.float32
+    close(half["0"].A, whole["0"].A.float(), rtol=0.05)
+
+
+def consolidated(kind="mlp", tasks=1, strength=2.5, **options):
+    """A memory after some tasks, and the model moved away from the anchor."""
+    memory = KFAC(strength, **options)
+    for task in range(tasks):
+        model, data = build(kind, seed=task)
+        memory.consolidate(model, data)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    return memory, model
+
+
+def brute_penalty(memory, model):
+    """λ/2 Σ vec(Δ)ᵀ (G ⊗ A) vec(Δ)."""
+    total = 0.0
+    for task in memory.tasks:
+        for name, (A, G) in task.items():
+            layer = model.get_submodule(name)
+            delta = (layer.weight - memory.theta_star[f"{name}.weight"]).flatten(1)
+            if layer.bias is not None:
+                delta = torch.cat([delta, (layer.bias - memory.theta_star[f"{name}.bias"])[:, None]], 1)
+            total = total + delta.reshape(-1) @ torch.kron(G, A) @ delta.reshape(-1)
+    return memory.strength / 2 * total
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("kind", MODELS)
+def test_penalty_and_gradient_are_the_quadratic_forms(kind, tasks):
+    memory, model = consolidated(kind, tasks)
+    expected = brute_penalty(memory, model)
+    assert expected > 0 and len(memory.tasks) == tasks
+    close(memory.penalty(model), expected)
+    gradients = torch.autograd.grad(memory.penalty(model), list(model.parameters()))
+    for g, h in zip(gradients, torch.autograd.grad(expected, list(model.parameters()))):
+        close(g, h)
+    memory.add_gradient(model)
+    for p, g in zip(model.parameters(), gradients):
+        close(p.grad, g)
+    memory.add_gradient(model)
+    for p, g in zip(model.parameters(), gradients):
+        close(p.grad, 2 * g)
+
+
+def test_the_anchor_is_the_newest_optimum():
+    memory = KFAC(1.0)
+    for seed in range(2):
+        model, data = build("mlp", seed)
+        memory.consolidate(model, data)
+        assert memory.penalty(model) == 0
+    assert torch.equal(memory.theta_star["0.weight"], model[0].weight)
+    with torch.no_grad():
+        model[0].weight += 1  # the anchor is a copy
+    assert memory.penalty(model) > 0
+
+
+def steps(model, kind):
+    if kind == "number":
+        return 0.3
+    generator = torch.Generator().manual_seed(9)
+    return {n: torch.rand(p.shape, dtype=F64, generator=generator) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("strength", [0.01, 2.5, 1e6])
+@pytest.mark.parametrize("step", ["number", "each"])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_pull_minimises_the_proximal_objective(tasks, step, strength):
+    memory, model = consolidated(tasks=tasks, strength=strength)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    s = steps(model, step)
+    penalty = memory.penalty(model).item()
+    memory.pull(model, s)
+    assert memory.penalty(model).item() < penalty
+    # stationary: (θ' - θ) / s + λ Σ GΔA = 0
+    for p, g in zip(model.parameters(), torch.autograd.grad(memory.penalty(model), list(model.parameters()))):
+        name = next(n for n, q in model.named_parameters() if q is p)
+        size = s if step == "number" else s[name]
+        moved, wanted = p.detach() - before[name], -size * g
+        torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-4 * float(moved.norm()))
+        assert moved.norm() > 0
+
+
+def test_pull_with_one_task_is_exact():
+    memory, model = consolidated(strength=40.0)
+    A, G = memory.tasks[0]["2"]
+    start = (model[2].weight - memory.theta_star["2.weight"]).detach()
+    system = torch.eye(12, dtype=F64) + 0.3 * 40.0 * torch.kron(G, A)
+    memory.pull(model, 0.3)
+    expected = torch.linalg.solve(system, start.reshape(-1)).reshape(start.shape)
+    close(model[2].weight.detach() - memory.theta_star["2.weight"], expected)
+
+
+def test_pull_is_stable_in_single_precision_and_a_zero_step_stays():
+    memory, model = consolidated(tasks=2, strength=1e8)
+    memory.to(torch.float32)
+    model.float()
+    before = copy.deepcopy(model.state_dict())
+    memory.pull(model, 0.0)
+    memory.pull(model, {n: torch.zeros_like(p) for n, p in model.named_parameters()})
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    penalties = [memory.penalty(model).item()]
+    for _ in range(20):
+        memory.pull(model, {n: torch.full_like(p, 0.1) for n, p in model.named_parameters()})
+        penalties.append(memory.penalty(model).item())
+    assert (
+        penalties[0] > 1e6 and max(map(abs, penalties[1:])) < 1e-6 * penalties[0]
+    )  # down to rounding, to stay
+
+
+def test_an_empty_memory_is_silent():
+    memory, (model, _) = KFAC(3.0), build("mlp")
+    before = copy.deepcopy(model.state_dict())
+    assert memory.penalty(model) == 0
+    memory.add_gradient(model)
+    memory.pull(model, 0.1)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_frozen_layers_are_left_out():
+    model, data = build("mlp")
+    model[0].requires_grad_(False)
+    memory = KFAC(1.0)
+    memory.consolidate(model, data)
+    assert memory.theta_star.keys() == {"2.weight"} and memory.tasks[0].keys() == {"2"}
+    model[0].requires_grad_(True)
+    with torch.no_grad():
+        model[2].weight += 1
+    memory.add_gradient(model)
+    assert model[0].weight.grad is None and model[2].weight.grad is not None
+
+
+def test_a_layer_frozen_later_is_not_moved():
+    memory, model = consolidated()
+    model[0].bias.requires_grad_(False)
+    bias, weight = model[0].bias.clone(), model[0].weight.detach().clone()
+    memory.pull(model, 1.0)
+    memory.add_gradient(model)
+    assert torch.equal(bias, model[0].bias) and model[0].bias.grad is None
+    assert not torch.equal(weight, model[0].weight)
+
+
+def test_a_single_layer_is_a_model():
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Linear(3, CLASSES).double(),
+        torch.randn(5, 3, dtype=F64),
+        torch.zeros(5, dtype=torch.long),
+    )
+    memory = KFAC(1.0)
+    memory.consolidate(model, (x, y))
+    with torch.no_grad():
+        model.weight[0] += 1
+    before = memory.penalty(model)
+    memory.pull(model, {"weight": 0.5, "bias": 0.5})
+    assert 0 < memory.penalty(model) < before
+
+
+def test_checkpoints_survive_a_file(tmp_path):
+    memory, model = consolidated(tasks=2, estimator="empirical", setting="reduce")
+    torch.save(memory.state_dict(), tmp_path / "memory.pt")
+    new = KFAC(0.0)
+    new.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
+    assert (new.strength, new.estimator, new.setting) == (2.5, "empirical", "reduce")
+    assert torch.equal(new.penalty(model), memory.penalty(model))
+    for damaged in ({"strength": 1.0}, 3):
+        with pytest.raises(ValueError, match="not the state of a KFAC memory"):
+            new.load_state_dict(damaged)
+    assert new.to(torch.float32).theta_star["0.weight"].dtype == torch.float32
+    assert new.tasks[1]["0"].A.dtype == torch.float32 and memory.tasks[1]["0"].A.dtype == F64
+
+
+class Functional(nn.Module):
+    """Uses its layer's weight a second time, outside the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x) @ self.layer.weight
+
+
+class TimeFirst(nn.Module):
+    """Hands its layer the positions on the first axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).sum(0)
+
+
+def twice():
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def partly():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+class Unused(nn.Sequential):
+    def forward(self, x):
+        return self[0](x)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),
+            r"layer '1' \(LayerNorm\) has no Kronecker form",
+        ),
+        (
+            lambda: nn.Sequential(nn.Unflatten(1, (3, 1, 1)), nn.Conv2d(3, 3, 1, groups=3), nn.Flatten()),
+            "'1'.*groups=3",
+        ),
+        (twice, r"layer '0' \(Linear\) ran 2 times"),
+        (lambda: Unused(nn.Linear(3, 3), nn.Linear(3, 3)), r"layer '1' \(Linear\) ran 0 times"),
+        (tied, r"layer '1' \(Linear\) shares a parameter with layer '0'"),
+        (partly, r"layer '0' \(Linear\) is partly frozen"),
+        (Functional, r"layer 'layer' \(Linear\) does more with its weight"),
+        (lambda: nn.Linear(3, 3).requires_grad_(False), "no trainable parameter"),
+    ],
+)
+def test_layers_without_a_kronecker_form_are_named(make, message):
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    model, memory = make(), KFAC(1.0)
+    with pytest.raises(ValueError, match=message):
+        memory.consolidate(model, (x, y))
+    assert memory.tasks == [] and memory.theta_star == {}
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_expand_does_not_mind_the_order_of_axes_and_reduce_says_so():
+    torch.manual_seed(0)
+    model, x, y = TimeFirst().double(), torch.randn(4, 5, 3, dtype=F64), torch.zeros(4, dtype=torch.long)
+    expected = definition(model, x, lambda i, p: list(enumerate(p)), "expand")["layer"]
+    close(kfac.factors(model, (x, y))["layer"].A, expected[0])
+    close(kfac.factors(model, (x, y))["layer"].G, expected[1])
+    with pytest.raises(ValueError, match="layer 'layer'.*'reduce' needs the examples on the first axis"):
+        kfac.factors(model, (x, y), setting="reduce")
+
+
+def test_bad_input_is_named():
+    model, (x, y) = build("mlp")
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite number, at least 0"):
+            KFAC(strength)
+    with pytest.raises(ValueError, match="unknown estimator 'fisher'.*exact"):
+        KFAC(1.0, estimator="fisher")
+    with pytest.raises(ValueError, match="'expand' or 'reduce'"):
+        KFAC(1.0, setting="sum")
+    with pytest.raises(ValueError, match="'expand' or 'reduce'"):
+        kfac.factors(model, (x, y), setting="sum")
+    with pytest.raises(ValueError, match="no example"):
+        kfac.factors(model, (x[:0], y[:0]))
+    with pytest.raises(ValueError, match="integer from 0 to 2"):
+        kfac.factors(model, (x, y + 3))
+    memory, model = consolidated()
+    for step in (-0.1, float("nan"), {n: torch.full_like(p, -1.0) for n, p in model.named_parameters()}):
+        with pytest.raises(ValueError, match="step is a learning rate"):
+            memory.pull(model, step)
+    with pytest.raises(ValueError, match="no entry for '0.bias'"):
+        memory.pull(model, {"0.weight": 0.1})
+    other = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, CLASSES)).double()
+    for method in (
+        memory.penalty,
+        memory.add_gradient,
+        lambda m: memory.pull(m, 0.1),
+        lambda m: memory.consolidate(m, (x, y)),
+    ):
+        with pytest.raises(ValueError, match=r"'0.weight' of shape \(4, 3\).*\(5, 3\)"):
+            method(other)
+    with pytest.raises(ValueError, match="the model has none"):
+        memory.penalty(nn.Linear(3, 3))
