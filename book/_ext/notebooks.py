@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urljoin
 
 import card
@@ -16,6 +17,7 @@ from docutils import nodes
 from jupyter_cache import get_cache
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.util.math import get_node_equation_number
 
 SETUP = """\
 # Runs this chapter anywhere: installs the book's package where it is missing (Colab, Binder, your own machine).
@@ -31,6 +33,7 @@ except ModuleNotFoundError:  # `glue` carries numbers into the book's text; a no
     import sys, types
     sys.modules["myst_nb"] = types.SimpleNamespace(glue=lambda *args, **kwargs: None)
 """
+NUMBERED = ("theorem", "lemma", "corollary", "proposition", "definition", "example", "exercise")
 SILENT = (nodes.comment, nodes.target, nodes.substitution_definition, nodes.system_message, addnodes.index, addnodes.toctree)
 
 
@@ -51,9 +54,11 @@ def plain_latex(latex: str) -> str:
 class Writer(nodes.NodeVisitor):
     """Docutils nodes to the cells of a notebook."""
 
-    def __init__(self, document: nodes.document, cells: list, page_url: str):
+    def __init__(self, document: nodes.document, cells: list, app: Sphinx, page: str):
         super().__init__(document)
-        self.code, self.page_url = cells, page_url
+        self.code, self.app = cells, app
+        self.page_url = urljoin(app.config.html_baseurl, app.builder.get_target_uri(page))
+        self.numbers = app.env.toc_fignumbers.get(page, {})  # kind -> id -> number of the chapter and within it
         self.cells, self.text, self.done = [], "", 0
 
     def flush(self) -> None:
@@ -71,6 +76,10 @@ class Writer(nodes.NodeVisitor):
     def finish(self) -> list:
         self.code_up_to(len(self.code))
         return self.cells
+
+    def number(self, kind: str, node: nodes.Element) -> str:
+        """The number that the page gives to a figure, a theorem, an exercise; empty if it has none."""
+        return next((".".join(map(str, self.numbers[kind][i])) for i in node["ids"] if i in self.numbers.get(kind, {})), "")
 
     # Blocks
     def block(self, text: str) -> None:
@@ -102,9 +111,26 @@ class Writer(nodes.NodeVisitor):
     def visit_container(self, node: nodes.container) -> None:
         if node.get("nb_element") == "cell_code":
             self.code_up_to(node["cell_index"] + 1)
+            for figure in node.findall(nodes.figure):
+                for caption in figure.findall(nodes.caption):
+                    self.block(f"*Fig. {self.number('figure', figure)}*: {self.inside(caption).strip()}")
             raise nodes.SkipNode
         if "reproducibility" in node["classes"]:
             self.block("---")
+
+    def visit_inline(self, node: nodes.inline) -> None:
+        if "known" in node["classes"]:
+            raise nodes.SkipNode  # the mark beside an equation: its check is a cell of the notebook
+
+    def visit_fold(self, node: nodes.Element) -> None:
+        if "symbols" in node["classes"]:  # the table of symbols, without the way to use it in the page
+            for table in node.findall(nodes.table):
+                table.walkabout(self)
+            raise nodes.SkipNode
+
+    def visit_fold_summary(self, node: nodes.Element) -> None:
+        self.block(f"**{self.inside(node).strip()}**")
+        raise nodes.SkipNode
 
     def visit_raw(self, node: nodes.raw) -> None:
         raise nodes.SkipNode  # marks, scripts and drawings of the page
@@ -116,18 +142,29 @@ class Writer(nodes.NodeVisitor):
                 level, parent = level + 1, parent.parent
             self.block("#" * level + " " + self.inside(node).strip())
         else:
-            self.block(f"**{self.inside(node).strip()}**")
+            kind = next((c for c in node.parent["classes"] if c in NUMBERED), "")
+            kind = f"{kind.capitalize()} {self.number(kind, node.parent)}".strip()
+            self.block(f"**{kind} {self.inside(node).strip()}**".replace("** ", "**").replace(" **", "**"))
         raise nodes.SkipNode
 
     def visit_paragraph(self, node: nodes.paragraph) -> None:
         self.block(self.inside(node).strip())
         raise nodes.SkipNode
 
-    visit_caption = visit_attribution = visit_rubric = visit_paragraph
+    visit_attribution = visit_rubric = visit_paragraph
+
+    def visit_caption(self, node: nodes.caption) -> None:
+        self.block(f"*{self.inside(node).strip()}*")
+        raise nodes.SkipNode
+
+    def visit_footnote(self, node: nodes.footnote) -> None:
+        label, *body = node.children
+        self.block(f"[{label.astext()}] " + " ".join(" ".join(map(self.inside, body)).split()))
+        raise nodes.SkipNode
 
     def visit_math_block(self, node: nodes.math_block) -> None:
         latex = plain_latex(node.astext()).strip()
-        number = node.get("number")
+        number = node.get("number") and get_node_equation_number(SimpleNamespace(builder=self.app.builder), node)
         if number and r"\tag" not in latex:
             lines = r"\\" in re.sub(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", "", latex, flags=re.DOTALL)
             latex = rf"\begin{{split}}{latex}\end{{split}}" if lines else latex
@@ -137,7 +174,7 @@ class Writer(nodes.NodeVisitor):
 
     def visit_literal_block(self, node: nodes.literal_block) -> None:
         language = node.get("language", "") if node.get("language") not in ("default", "ipython3") else "python"
-        self.block(f"```{language}\n{node.astext()}\n```")
+        self.block(f"```{language}\n{node.astext().rstrip()}\n```")
         raise nodes.SkipNode
 
     def visit_admonition(self, node: nodes.Element) -> None:
@@ -149,7 +186,11 @@ class Writer(nodes.NodeVisitor):
         raise nodes.SkipNode
 
     visit_note = visit_warning = visit_tip = visit_important = visit_hint = visit_caution = visit_attention = visit_admonition
-    visit_danger = visit_error = visit_seealso = visit_block_quote = visit_admonition
+    visit_danger = visit_error = visit_seealso = visit_admonition
+
+    def visit_block_quote(self, node: nodes.Element) -> None:
+        self.block(re.sub("^", "> ", self.inside(node).strip(), flags=re.MULTILINE))
+        raise nodes.SkipNode
 
     def visit_bullet_list(self, node: nodes.Element) -> None:
         items = []
@@ -242,8 +283,9 @@ def convert(app: Sphinx, page: str, doctree: nodes.document) -> nbformat.Noteboo
         cell["id"] = f"cell-{number}"
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         if cell.cell_type == "code":
-            cell["outputs"] = [portable(output) for output in cell["outputs"]]
-    writer = Writer(doctree, source.cells, urljoin(app.config.html_baseurl, app.builder.get_target_uri(page)))
+            hidden = "remove-cell" in cell["metadata"].get("tags", [])
+            cell["outputs"] = [] if hidden else [portable(output) for output in cell["outputs"]]
+    writer = Writer(doctree, source.cells, app, page)
     doctree.walkabout(writer)
     cells = writer.finish()
     setup_code = SETUP.format(repository=app.config.html_theme_options["repository_url"])
