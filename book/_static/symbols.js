@@ -57,7 +57,7 @@
   }
 
   document.addEventListener("pointerover", follow);
-  document.addEventListener("pointerdown", follow); // a tap
+  document.addEventListener("click", follow); // a tap
   document.addEventListener("focusin", event => { if (event.target.matches("button.symbol")) show(event.target); });
   document.addEventListener("focusout", hide);
   document.addEventListener("scroll", hide, { passive: true });
