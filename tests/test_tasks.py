@@ -483,3 +483,16 @@ def test_a_task_says_what_it_is(digits):
     assert digits.title == "digits" and digits.device == torch.device("cpu")
     with pytest.raises(AttributeError):
         digits.name = "other"
+
+
+def test_joint_holds_the_images_of_all_parts(digits):
+    letters = tasks.load("letters", "cpu")
+    both = tasks.joint(digits, letters)
+    assert both.name == "digits and letters" and both.classes == 10
+    for whole, *parts in ((both.train, digits.train, letters.train), (both.test, digits.test, letters.test)):
+        for k in (0, 1):
+            assert whole.tensors[k].equal(torch.cat([part.tensors[k] for part in parts]))
+    pairs = tasks.split(digits, relabel=True)
+    for bad in ((), (digits, pairs[0])):
+        with pytest.raises(ValueError, match="one shape and number of classes"):
+            tasks.joint(*bad)
