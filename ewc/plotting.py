@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import re
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -67,13 +68,13 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 6.6, height: float
 
 
 class Picture:
-    """A figure as inline SVG (for the page) and as PNG (for notebooks elsewhere), with its alternative text."""
+    """What a cell displays, in several formats of which the page or the notebook takes the best it can show."""
 
-    def __init__(self, svg: str, png: bytes, alt: str):
-        self.svg, self.png, self.alt = svg, png, alt
+    def __init__(self, **formats: str):
+        self.formats = {name.replace("_", "/", 1): content for name, content in formats.items()}
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/html": self.svg, "image/png": base64.b64encode(self.png).decode(), "text/plain": self.alt}
+        return self.formats
 
 
 def show(fig: Figure, *, alt: str) -> Picture:
@@ -91,14 +92,37 @@ def show(fig: Figure, *, alt: str) -> Picture:
     """
     import matplotlib as mpl
 
-    alt = " ".join(alt.split())
-    if len(alt) < 10:
-        raise ValueError(f"A figure needs an alternative text: say what it shows in a sentence, not alt={alt!r}.")
+    alt = _described(alt)
     png, svg = io.BytesIO(), io.StringIO()
     fig.savefig(png, format="png", dpi=110, facecolor="white")
     with mpl.rc_context({"svg.hashsalt": alt, "svg.fonttype": "path"}):  # the salt makes the file reproducible
         fig.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return Picture(_themed(svg.getvalue(), alt), png.getvalue(), alt)
+    pixels = base64.b64encode(png.getvalue()).decode()
+    return Picture(text_html=_themed(svg.getvalue(), alt), image_png=pixels, text_plain=alt)
+
+
+def explorable(kind: str, data: dict[str, Any], *, alt: str) -> Picture:
+    """Data for one of the book's interactive figures; make it the last expression of the cell.
+
+    Args:
+        kind: name of the script in `book/_static` that draws it, whose first lines document the data.
+        data: numbers, lists and strings.
+        alt: what it shows, for readers without the script.
+
+    Raises:
+        ValueError: if `alt` is empty or a number is not finite.
+    """
+    alt = _described(alt)
+    numbers = json.dumps(data, allow_nan=False).replace("</", "<\\/")
+    content = f'<script type="application/json">{numbers}</script><p>{html.escape(alt)}</p>'
+    return Picture(text_html=f'<div class="explorable {kind}">{content}</div>', text_plain=alt)
+
+
+def _described(alt: str) -> str:
+    alt = " ".join(alt.split())
+    if len(alt) < 10:
+        raise ValueError(f"A figure needs an alternative text: say what it shows in a sentence, not alt={alt!r}.")
+    return alt
 
 
 def _themed(svg: str, alt: str) -> str:

@@ -85,6 +85,12 @@ def check_alternatives(app: Sphinx, doctree: nodes.document, page: str) -> None:
             )
 
 
+def add_explorables(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    """Load the script of an interactive figure on the pages that have one."""
+    for kind in sorted(set(re.findall(r'<div class="explorable (\w+)">', context.get("body", "")))):
+        app.add_js_file(f"{kind}.js", loading_method="defer")
+
+
 def leave_section(self: CodeBlockAnalyser, node: nodes.section) -> None:
     """sphinx-codeautolink forgets the title of the section it leaves; exercises and proofs are sections without one."""
     if node.children and isinstance(node[0], nodes.title):
@@ -96,5 +102,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_css_file("book.css", priority=900)
     CodeBlockAnalyser.depart_section = leave_section
     app.connect("doctree-resolved", check_alternatives)
+    app.connect("html-page-context", add_explorables)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
