@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 REHEARSED = 2  # examples on which every fast path is compared with plain autograd
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # of that comparison; 0.2 in half precision
+BUDGET = 2**21  # numbers in one temporary tensor on the CPU; 32 times as many on a GPU
 SMALL = 2**20  # numbers in a temporary tensor that is worth making at one go
 
 
@@ -248,6 +249,14 @@ def _channel_norm(layer, name: str, a: Tensor):
     return Sum(lambda g: g.flatten(2).sum(2) if g.dim() > 2 else g, a)
 
 
+def _prelu(layer: nn.PReLU, name: str, a: Tensor):
+    if a.dim() < 2:
+        return None
+    if layer.num_parameters == 1:
+        return Sum(lambda g: g.flatten(1).sum(1, True), a.clamp(max=0))
+    return Sum(lambda g: g.flatten(2).sum(2) if g.dim() > 2 else g, a.clamp(max=0))
+
+
 def _embedding(layer: nn.Embedding, name: str, a: Tensor):
     return None if layer.scale_grad_by_freq or a.dim() < 1 else Table(a.reshape(len(a), -1), layer.padding_idx)
 
@@ -256,6 +265,7 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 RULES = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
+    nn.PReLU: _prelu,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _layer_norm),
@@ -378,7 +388,7 @@ def closed_forms(calls: dict[str, list[Call]], parameters: dict[str, Tensor], ex
             rules += [RULES[type(call.layer)](call.layer, k, call.input) for k in local]
         if len(rules) != len(own) or None in rules or len({rule.kind for rule in rules}) != 1:
             continue
-        if len(own) == 1 and not isinstance(rules[0], Table) and own[0].shape[:-1] == (examples,):
+        if len(own) == 1 and own[0].shape[:-1] == (examples,) and p.shape[:1] == own[0].shape[-1:]:
             forms[name] = Pointwise(rules[0])
         elif isinstance(rules[0], Outer):
             forms[name] = Product(rules, examples, budget)
@@ -411,7 +421,7 @@ class Engine:
         }
         self.count = 0
         cuda = self.device.type == "cuda"
-        self.budget = (2**26 if cuda else 2**21)  # numbers in one temporary tensor
+        self.budget = 32 * BUDGET if cuda else BUDGET
         self.batch_size = batch_size
         self.largest_batch = 8192 if cuda else 1024
         self.rehearsed = False

@@ -13,7 +13,7 @@ over positions, and labels at different positions are independent given the inpu
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -95,7 +95,7 @@ def diagonal(
         engine = _layers.Engine(model, batch_size)
         for x, y in _blocks(data):
             x, y = engine.to_model(x), y.to(engine.device)
-            shortlist = _Shortlist(engine, x, y, classes, tolerance) if tolerance and len(x) else None
+            shortlist = _Shortlist(engine, x, y, classes, tolerance) if tolerance else None
             for rows in shortlist.chunks(engine) if shortlist else engine.chunks(x):
                 softmax = _Softmax(engine.forward(x[rows]), y[rows], classes)
                 if estimator == "exact":
@@ -190,7 +190,7 @@ class _Columns(Sequence):
     Implements: eq-householder-root
     """
 
-    def __init__(self, softmax: _Softmax, chosen: tuple[Tensor, Tensor] | None = None):
+    def __init__(self, softmax: _Softmax, chosen: Tensor | None = None):
         self.softmax = softmax
         log_p = softmax.log_p
         self.u = log_p.div(2).exp()  # (n, C, T)
@@ -204,7 +204,7 @@ class _Columns(Sequence):
             self.positions = softmax.counted.any(0).nonzero().flatten().tolist()
 
     def __len__(self) -> int:
-        return self.chosen[0].shape[1] if self.chosen else len(self.positions) * (self.u.shape[1] - 1)
+        return self.chosen.shape[1] if self.chosen is not None else len(self.positions) * (self.u.shape[1] - 1)
 
     def __getitem__(self, k: int) -> Tensor:
         if not 0 <= k < len(self):
@@ -218,8 +218,8 @@ class _Columns(Sequence):
 
     def _columns(self, start: int, stop: int) -> list[Tensor]:
         n, classes, positions = self.u.shape
-        if self.chosen:
-            index = self.chosen[0][:, start:stop]
+        if self.chosen is not None:
+            index = self.chosen[:, start:stop]
             j, t = index // positions, index % positions
         else:
             k = torch.arange(start, stop, device=self.u.device)
@@ -229,8 +229,6 @@ class _Columns(Sequence):
             j = torch.where(top == j, classes - 1, j)  # the last class stands in for the top one
         rows = torch.arange(n, device=j.device).unsqueeze(1)
         u = self.u[rows, j, t]  # (n, vectors)
-        if self.chosen:
-            u = u * self.chosen[1][:, start:stop]
         column = u.T.unsqueeze(2) * self.q[rows, :, t].transpose(0, 1)  # (vectors, n, C)
         column.scatter_add_(2, j.T.unsqueeze(2), u.T.unsqueeze(2))
         if positions == 1:
@@ -247,7 +245,7 @@ class _Columns(Sequence):
 
 
 class _Shortlist:
-    """The columns that hold all but a share ``tolerance`` of the trace, and the examples sorted by their number."""
+    """The columns that hold all but a share ``tolerance`` of the trace."""
 
     def __init__(self, engine: _layers.Engine, x: Tensor, y: Tensor, classes, tolerance: float):
         with torch.no_grad():
@@ -257,17 +255,18 @@ class _Shortlist:
         ordered = weights.flatten().sort().values
         left_out = ordered.cumsum(0, dtype=torch.float64)
         smallest = ordered[torch.searchsorted(left_out, tolerance * left_out[-1])]
-        numbers = (weights >= smallest).sum(1)
-        self.order = numbers.argsort(descending=True, stable=True)[: int((numbers > 0).sum())]
-        self.weights, self.smallest, self.numbers = weights, smallest, numbers
+        self.weights = weights
+        self.numbers = (weights >= smallest).sum(1)
 
-    def chunks(self, engine: _layers.Engine) -> Iterable[Tensor]:
-        return self.order.split(engine.batch_size) if len(self.order) else ()
+    def chunks(self, engine: _layers.Engine) -> Iterator[Tensor]:
+        """Examples with the same number of columns, so that no pass is wasted; those without any are left out."""
+        for number in self.numbers.unique().tolist():
+            if number:
+                yield from (self.numbers == number).nonzero().flatten().split(engine.batch_size)
 
-    def columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of the columns of these examples, largest first, and which of them count; both (n, K)."""
-        weights, index = self.weights[rows].topk(int(self.numbers[rows[0]]), dim=1)
-        return index, weights >= self.smallest
+    def columns(self, rows: Tensor) -> Tensor:
+        """Indices of the columns of these examples, shape (n, number)."""
+        return self.weights[rows].topk(int(self.numbers[rows[0]]), dim=1).indices
 
 
 def _balanced(v: Tensor, entry: Tensor) -> Tensor:
@@ -341,7 +340,8 @@ def _blocks(data) -> Iterator[tuple[Tensor, Tensor]]:
             raise ValueError(
                 f"Inputs {tuple(x.shape)} and labels {tuple(y.shape)} must share their first axis, the examples."
             )
-        yield x, y
+        if len(x):
+            yield x, y
 
 
 def _mean(engine: _layers.Engine) -> dict[str, Tensor]:

@@ -1,0 +1,905 @@
+"""The diagonal Fisher against its definition: plain autograd in float64, one example and one label at a time."""
+
+import copy
+import itertools
+import math
+import os
+import sys
+import tempfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset as TorchDataset
+
+from ewc import _layers, fisher
+
+DETERMINISTIC = ("exact", "empirical", "argmax")
+
+
+def brute_force(model, x, y=None, estimator="exact", classes=None):
+    """Mean over examples of the expected squared score; several labels per example are summed before the square."""
+    model.eval()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    total = {n: torch.zeros_like(p) for n, p in parameters.items()}
+
+    def score(log_p):
+        grads = torch.autograd.grad(log_p, list(parameters.values()), retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), grads)]
+
+    for n in range(len(x)):
+        z = model(x[n : n + 1])[0].flatten(1) if model(x[n : n + 1]).dim() > 2 else model(x[n : n + 1])[0][:, None]
+        chosen = range(len(z)) if classes is None else classes
+        log_p = z[list(chosen)].log_softmax(0)
+        labels = None if y is None else y[n].flatten()
+        used = [t for t in range(z.shape[1]) if labels is None or labels[t] != -100]
+        if estimator == "exact":
+            # Labels at different positions are independent with mean score zero: variances add up.
+            for t, c in itertools.product(used, range(len(log_p))):
+                for name, g in zip(total, score(log_p[c, t])):
+                    total[name] += log_p[c, t].detach().exp() * g.square() / len(x)
+        else:
+            pick = [
+                int(log_p[:, t].argmax()) if estimator == "argmax" else list(chosen).index(int(labels[t])) for t in used
+            ]
+            for name, g in zip(total, score(sum(log_p[c, t] for c, t in zip(pick, used)))):
+                total[name] += g.square() / len(x)
+    return total
+
+
+def distance(a, b):
+    """Largest relative error over the parameters; a gradient that is zero in theory counts against the largest."""
+    assert a.keys() == b.keys()
+    largest = max(float(v.norm()) for v in b.values())
+    return max(float((a[n] - b[n]).norm()) / max(float(b[n].norm()), 1e-12 * largest) for n in b)
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+class Lambda(nn.Module):
+    """A model from its layers and a function of them and the input."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+class Slope(nn.PReLU):
+    """A layer without a closed form, for which torch.func gives a wrong gradient per example."""
+
+
+class Gate(torch.autograd.Function):
+    """An operation that torch.func cannot do, for lack of a vmap rule."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x).sum_to_size(w.shape)
+
+
+def tied():
+    model = Lambda(
+        lambda m, x: m.out(m.table(x).tanh().mean(1)), table=nn.Embedding(7, 5, padding_idx=0), out=nn.Linear(5, 7)
+    )
+    model.out.weight = model.table.weight
+    return model
+
+
+def parameter_outside():
+    model = Lambda(lambda m, x: m.out((m.inner(x) * m.scale + m.shift).tanh()), inner=nn.Linear(4, 5), out=nn.Linear(5, 3))
+    model.scale, model.shift = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
+    return model
+
+
+def frozen():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[2].weight.requires_grad_(False)
+    model[4].bias.requires_grad_(False)
+    return model
+
+
+def normalised():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4)
+    )
+    model(torch.randn(20, 2, 4, 4))  # running statistics that are not 0 and 1
+    return model
+
+
+def in_place_on_view():
+    def forward(m, x):
+        h = m.inner(x)
+        h.mul_(3)  # the output of a linear layer on sequences is a view
+        h[:, 0].neg_()
+        return m.out(h.tanh().sum(1))
+
+    return Lambda(forward, inner=nn.Linear(4, 5), out=nn.Linear(5, 3))
+
+
+MODELS = {
+    "perceptron": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)), (4,)),
+    "without bias": (lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)), (4,)),
+    "sequence": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)), (3, 4)),
+    "two sequence axes": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(30, 3)), (3, 2, 4)),
+    "positions folded into the batch": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.inner(x.flatten(0, 1)).tanh()).unflatten(0, (len(x), -1)).mean(1),
+            inner=nn.Linear(4, 5), out=nn.Linear(5, 3),
+        ),
+        (3, 4),
+    ),
+    "positions before the batch": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.inner(x.transpose(0, 1)).tanh()).mean(0), inner=nn.Linear(4, 5), out=nn.Linear(5, 3)
+        ),
+        (3, 4),
+    ),
+    "as many positions as rehearsed examples, before the batch": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.inner(x.transpose(0, 1).flatten(0, 1)).tanh()).unflatten(0, (2, -1)).prod(0),
+            inner=nn.Linear(4, 5), out=nn.Linear(5, 3),
+        ),
+        (2, 4),
+    ),
+    "conv1d": (
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh(),
+            nn.Conv1d(6, 2, 2, padding="same", padding_mode="reflect"), nn.Flatten(), nn.Linear(8, 3),
+        ),
+        (4, 8),
+    ),
+    "conv2d": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 2), groups=2), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(4, 3, 2, dilation=(1, 2), padding="same", padding_mode="circular"), nn.Tanh(),
+            nn.Conv2d(3, 2, 2, padding="valid"), nn.Flatten(), nn.Linear(6, 3),
+        ),
+        (2, 7, 5),
+    ),
+    "conv3d": (
+        lambda: nn.Sequential(nn.Conv3d(2, 3, 2, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)),
+        (2, 2, 3, 3),
+    ),
+    "one position left": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)), (2, 3, 3)
+    ),
+    "transposed convolution": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), nn.Tanh(),
+            nn.ConvTranspose2d(6, 1, 2, dilation=2), nn.Flatten(), nn.Linear(36, 3),
+        ),
+        (4, 2, 2),
+    ),
+    "transposed convolutions, 1d and 3d": (
+        lambda: Lambda(
+            lambda m, x: m.out(torch.cat([m.one(x).flatten(1), m.three(x[..., None, None]).flatten(1)], 1)),
+            one=nn.ConvTranspose1d(2, 2, 3, stride=3, output_padding=2, dilation=4), out=nn.Linear(60, 3),
+            three=nn.ConvTranspose3d(2, 1, 2),
+        ),
+        (2, 4),
+    ),
+    "a convolution and its transpose share their weight": (
+        lambda: Lambda(
+            lambda m, x: F.adaptive_avg_pool1d(m.up(m.down(x).tanh()), 1).squeeze(2),
+            down=(c := nn.Conv1d(3, 3, 1, bias=False)), up=_sharing(nn.ConvTranspose1d(3, 3, 1, bias=False), c),
+        ),
+        (3, 4),
+    ),
+    "layer and root-mean-square norm": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 5), nn.LayerNorm(5), nn.PReLU(), nn.RMSNorm((3, 5)), nn.Flatten(), nn.Linear(15, 4),
+            nn.PReLU(4), nn.LayerNorm(4),
+        ),
+        (3, 4),
+    ),
+    "group and instance norm": (
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 4, 2), nn.GroupNorm(2, 4), nn.PReLU(4), nn.InstanceNorm1d(4, affine=True), nn.Tanh(),
+            nn.Flatten(), nn.Linear(12, 4), nn.GroupNorm(2, 4),
+        ),
+        (3, 4),
+    ),
+    "batch norm": (normalised, (2, 4, 4)),
+    "called twice": (
+        lambda: Lambda(lambda m, x: m.out(m.inner(m.inner(x).tanh()).relu_()), inner=nn.Linear(4, 4), out=nn.Linear(4, 3)),
+        (4,),
+    ),
+    "convolution called twice": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.norm(m.inner(m.norm(m.inner(x)).tanh())).flatten(1)),
+            inner=nn.Conv1d(2, 2, 3, padding=1), norm=nn.GroupNorm(1, 2), out=nn.Linear(8, 3),
+        ),
+        (2, 4),
+    ),
+    "called with different numbers of positions": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.inner(x).tanh().sum(1) * m.inner(x[:, 0])), inner=nn.Linear(4, 4), out=nn.Linear(4, 3)
+        ),
+        (3, 4),
+    ),
+    "weight also used by itself": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.inner(x).tanh()) + F.linear(x, m.inner.weight)[:, :3],
+            inner=nn.Linear(4, 4), out=nn.Linear(4, 3),
+        ),
+        (4,),
+    ),
+    "called in vain, weight used by itself": (
+        lambda: Lambda(
+            lambda m, x: (m.inner(x), m.out(F.linear(x, m.inner.weight).tanh()))[1],
+            inner=nn.Linear(4, 4), out=nn.Linear(4, 3),
+        ),
+        (4,),
+    ),
+    "in place on the output": (in_place_on_view, (3, 4)),
+    "input given by name": (
+        lambda: Lambda(lambda m, x: m.out(input=m.inner(input=x).tanh()), inner=nn.Linear(4, 4), out=nn.Linear(4, 3)),
+        (4,),
+    ),
+    "unused layer": (
+        lambda: Lambda(lambda m, x: m.out(x), spare=nn.Linear(4, 4), out=nn.Linear(4, 3)), (4,)
+    ),
+    "dead layer": (
+        lambda: Lambda(
+            lambda m, x: m.out(x) + 0 * m.spare(x)[:, :3], spare=nn.Linear(4, 4), out=nn.Linear(4, 3)
+        ),
+        (4,),
+    ),
+    "parameters outside modules": (parameter_outside, (4,)),
+    "frozen parameters": (frozen, (4,)),
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.5), nn.Tanh(), nn.Linear(9, 3)), (4,)),
+    "attention": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.block(x).mean(1)),
+            block=nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), out=nn.Linear(4, 3),
+        ),
+        (3, 4),
+    ),
+    "attention, positions first": (
+        lambda: Lambda(
+            lambda m, x: m.out(m.block(x.transpose(0, 1)).mean(0)),
+            block=nn.TransformerEncoderLayer(4, 2, 6), out=nn.Linear(4, 3),
+        ),
+        (3, 4),
+    ),
+    "torch.func is wrong": (lambda: nn.Sequential(nn.Linear(4, 5), Slope(), nn.Linear(5, 3)), (4,)),
+    "torch.func fails": (
+        lambda: _with(Lambda(lambda m, x: m.out(Gate.apply(x, m.gate)), out=nn.Linear(4, 3)), gate=torch.randn(4)), (4,)
+    ),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), (4,)
+    ),
+    "single unit of work per call": (
+        lambda: Lambda(
+            lambda m, x: torch.stack([m.out(row.tanh()) for row in m.inner(x)]),
+            inner=nn.Linear(4, 4), out=nn.Linear(4, 3),
+        ),
+        (4,),
+    ),
+} | {
+    name: (
+        lambda cell=cell: Lambda(
+            lambda m, x: m.out(m.cell(x)[0][:, -1]), cell=cell(4, 3, batch_first=True, bidirectional=True),
+            out=nn.Linear(6, 3),
+        ),
+        (3, 4),
+    )
+    for name, cell in {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}.items()
+}
+
+
+def _sharing(layer, other):
+    layer.weight = other.weight
+    return layer
+
+
+def _with(model, **parameters):
+    for name, value in parameters.items():
+        setattr(model, name, nn.Parameter(value))
+    return model
+
+
+def make(name, n=5, seed=0):
+    torch.manual_seed(seed)
+    build, shape = MODELS[name]
+    model = build().double()
+    x = torch.randn(n, *shape, dtype=torch.float64)
+    classes = model(x).shape[1]
+    return model, x, torch.randint(classes, (n,))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_agrees_with_its_definition(name):
+    model, x, y = make(name)
+    for estimator in DETERMINISTIC:
+        expected = brute_force(model, x, y, estimator)
+        assert distance(fisher.diagonal(model, (x, y), estimator, batch_size=3), expected) < 1e-10, estimator
+
+
+@pytest.mark.parametrize("name", ["perceptron", "conv2d", "attention", "torch.func is wrong"])
+@pytest.mark.parametrize("estimator", ["sampled", "probe"])
+def test_random_estimators_square_the_gradient_of_one_vector(name, estimator):
+    model, x, y = make(name)
+    model.eval()
+    actual = fisher.diagonal(model, (x, y), estimator, generator=torch.Generator().manual_seed(3))
+    softmax = fisher._Softmax(model(x).detach(), y, None)
+    v = softmax.vector(estimator, torch.Generator().manual_seed(3))
+    p = model(x).softmax(1).detach()
+    if estimator == "sampled":  # a unit vector minus p
+        assert torch.allclose((v + p).max(1).values, torch.ones(len(x), dtype=x.dtype))
+        assert torch.allclose((v + p).abs().sum(1), torch.ones(len(x), dtype=x.dtype))
+    else:  # a signed sum of the columns of a square root of diag(p) - p p^T
+        signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=p.shape[1])), dtype=x.dtype)
+        candidates = signs * p.sqrt()[:, None] - p[:, None] * (signs * p.sqrt()[:, None]).sum(2, keepdim=True)
+        assert ((candidates - v[:, None]).norm(dim=2).min(1).values < 1e-12).all()
+    expected = {k: torch.zeros_like(q) for k, q in model.named_parameters()}
+    for n in range(len(x)):
+        grads = torch.autograd.grad(model(x[n : n + 1]), list(model.parameters()), v[n : n + 1])
+        for k, g in zip(expected, grads):
+            expected[k] += g.square() / len(x)
+    assert distance(actual, expected) < 1e-10
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "probe"])
+def test_random_estimators_approach_the_exact_fisher(estimator):
+    """The error falls as one over the square root of the number of draws."""
+    model, x, y = make("perceptron")
+    exact = fisher.diagonal(model, (x, y))
+    generator = torch.Generator().manual_seed(1)
+
+    def error(draws):
+        many = x.repeat(draws, 1), y.repeat(draws)
+        errors = [distance(fisher.diagonal(model, many, estimator, generator=generator), exact) for _ in range(12)]
+        return sum(errors) / len(errors)
+
+    few, many = error(50), error(50 * 64)
+    assert few < 0.5
+    assert 1 / 16 < many / few < 1 / 4  # 1 / 8 expected
+
+
+def test_probe_has_at_most_twice_the_squared_mean_as_variance():
+    torch.manual_seed(0)
+    z = 3 * torch.randn(6, 4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    softmax = fisher._Softmax(z, torch.zeros(6, dtype=torch.long), None)
+    g = torch.randn(4, dtype=torch.float64)
+    draws = torch.stack([softmax.vector("probe", generator) @ g for _ in range(2000)]).square()
+    p = z.softmax(1)
+    mean = (p * g**2).sum(1) - (p @ g) ** 2
+    assert torch.allclose(draws.mean(0), mean, rtol=0.15)
+    assert (draws.var(0) < 2.3 * mean**2).all()
+
+
+def test_householder_columns_are_a_square_root():
+    torch.manual_seed(0)
+    z = torch.cat([4 * torch.randn(5, 6, dtype=torch.float64), torch.tensor([[80.0, 0, 0, 0, 0, 1]]).double()])
+    columns = fisher._Columns(fisher._Softmax(z, torch.zeros(6, dtype=torch.long), None))
+    assert len(columns) == 5
+    root = torch.stack(list(columns), 2)
+    p = z.softmax(1)
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    assert torch.allclose(root @ root.mT, expected, rtol=1e-12, atol=1e-15)
+    assert torch.allclose(columns.weights().sum(1), expected.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-9)
+    with pytest.raises(IndexError):
+        columns[5]
+
+
+# ---- inputs that are not vectors of floats --------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+@pytest.mark.parametrize("kind", ["tied", "one token", "many tokens", "twice", "counted by frequency"])
+def test_embeddings(kind, estimator):
+    torch.manual_seed(0)
+    if kind == "tied":
+        model, classes = tied(), 7
+    elif kind == "one token":
+        model, classes = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)), 3
+    elif kind == "twice":
+        model = Lambda(
+            lambda m, x: m.out(m.table(x).tanh().sum(1) * m.table(x[:, 0])), table=nn.Embedding(7, 4), out=nn.Linear(4, 3)
+        )
+        classes = 3
+    else:
+        table = nn.Embedding(7, 4, padding_idx=2, scale_grad_by_freq=kind == "counted by frequency")
+        model, classes = nn.Sequential(table, nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), 3
+    model = model.double()
+    x = torch.randint(7, (6,) if kind == "one token" else (6, 5))
+    y = torch.randint(classes, (6,))
+    expected = brute_force(model, x, y, estimator)
+    assert distance(fisher.diagonal(model, (x, y), estimator, batch_size=4), expected) < 1e-10
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+def test_several_labels_per_example(estimator):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 3, 1)).double()
+    x, y = torch.randn(4, 2, 5).double(), torch.randint(3, (4, 5))
+    y[1, 3:] = -100  # padding
+    y[:, 4] = -100
+    expected = brute_force(model, x, y, estimator)
+    assert distance(fisher.diagonal(model, (x, y), estimator, batch_size=3), expected) < 1e-10
+    if estimator == "exact":
+        assert distance(fisher.diagonal(model, (x, y), tolerance=1e-12), expected) < 1e-10
+        probe = fisher.diagonal(model, (x.repeat(4000, 1, 1), y.repeat(4000, 1)), "probe")
+        assert distance(probe, expected) < 0.1
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+def test_head_chosen_by_task(estimator):
+    model, x, y = make("perceptron", n=7)
+    model = nn.Sequential(model, nn.Linear(3, 6)).double()
+    classes = [4, 1, 5]
+    y = torch.tensor(classes)[y]
+    expected = brute_force(model, x, y, estimator, classes)
+    assert distance(fisher.diagonal(model, (x, y), estimator, classes=classes), expected) < 1e-10
+    mask = torch.tensor([False, True, False, False, True, True])
+    assert distance(fisher.diagonal(model, (x, y), estimator, classes=mask), expected) < 1e-10
+
+
+# ---- random architectures --------------------------------------------------------------------------
+
+
+@st.composite
+def architectures(draw):
+    """A few layers of the supported kinds on (channels, length), then a linear head."""
+    channels, length = draw(st.integers(1, 4)), draw(st.integers(3, 7))
+    shape = (channels, length)
+    layers = []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["conv", "up", "linear", "layer", "group", "batch", "act", "prelu"]))
+        if kind in ("conv", "up"):
+            groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
+            out = groups * draw(st.integers(1, 2))
+            kernel, stride = draw(st.integers(1, min(3, length))), draw(st.integers(1, 2))
+            padding = draw(st.integers(0, kernel // 2))
+            cls = nn.Conv1d if kind == "conv" else nn.ConvTranspose1d
+            layer = cls(channels, out, kernel, stride, padding, groups=groups, bias=draw(st.booleans()))
+        elif kind == "linear":
+            layer = nn.Linear(length, draw(st.integers(2, 5)), bias=draw(st.booleans()))
+        elif kind == "layer":
+            layer = nn.LayerNorm(length)
+        elif kind == "group":
+            layer = nn.GroupNorm(1, channels)
+        elif kind == "batch":
+            layer = nn.BatchNorm1d(channels)
+        elif kind == "prelu":
+            layer = nn.PReLU(channels)
+        else:
+            layer = draw(st.sampled_from([nn.Tanh(), nn.ReLU(inplace=True), nn.GELU()]))
+        layers.append(layer)
+        channels, length = layer(torch.randn(2, channels, length)).shape[1:]
+    classes = draw(st.integers(2, 4))
+    return shape, nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * length, classes)), classes
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(architectures(), st.integers(1, 6), st.sampled_from(DETERMINISTIC), st.integers(0, 10**6))
+def test_random_architectures(architecture, n, estimator, seed):
+    shape, model, classes = architecture
+    torch.manual_seed(seed)
+    model = model.double()
+    x, y = torch.randn(n, *shape).double(), torch.randint(classes, (n,))
+    expected = brute_force(model, x, y, estimator)
+    actual = fisher.diagonal(model, (x, y), estimator, batch_size=4)
+    largest = max(float(v.norm()) for v in expected.values())
+    for name in expected:  # a bias before a normalisation has a gradient of rounding errors
+        assert float((actual[name] - expected[name]).norm()) <= 1e-10 * float(expected[name].norm()) + 1e-20 * largest
+
+
+# ---- the model is left as it was ----------------------------------------------------------------
+
+
+def snapshot(model):
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "grads": {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()},
+        "modes": [m.training for m in model.modules()],
+        "trained": [p.requires_grad for p in model.parameters()],
+        "hooks": [list(m._forward_hooks.items()) + list(m._forward_pre_hooks.items()) for m in model.modules()],
+        "objects": [id(t) for t in itertools.chain(model.parameters(), model.buffers())],
+    }
+
+
+def assert_same(a, b):
+    for part in ("state", "grads"):
+        assert a[part].keys() == b[part].keys()
+        for k, v in a[part].items():
+            assert (v is None and b[part][k] is None) or torch.equal(v, b[part][k])
+    for part in ("modes", "trained", "hooks", "objects"):
+        assert a[part] == b[part]
+
+
+class Counter(nn.Module):
+    """Counts its calls in buffers, one changed in place and one replaced; may fail at a given call."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("copies", torch.zeros(()))
+        self.fail_at = fail_at
+
+    def forward(self, x):
+        self.calls += 1
+        self.copies = self.copies + 1
+        if self.fail_at is not None and self.calls > self.fail_at:
+            raise KeyError("boom")
+        return x
+
+
+def busy_model(fail_at=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), Counter(fail_at), nn.Linear(5, 3))
+    model[2].eval()  # modes differ within the model
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[0].bias.requires_grad_(False)
+    model[4].weight.grad = torch.ones(3, 5)
+    return model
+
+
+@pytest.mark.parametrize("estimator", fisher.ESTIMATORS)
+def test_model_comes_back_as_it_was(estimator):
+    model = busy_model()
+    before = snapshot(model)
+    x, y = torch.randn(9, 4), torch.randint(3, (9,))
+    with torch.no_grad():  # the caller's mode does not matter
+        result = fisher.diagonal(model, (x, y), estimator)
+    assert_same(before, snapshot(model))
+    assert "0.bias" not in result and all(not f.requires_grad for f in result.values())
+    if estimator in DETERMINISTIC:  # the hook that doubles an output counts as part of the model
+        expected = brute_force(model, x, y, estimator)
+        assert distance({k: v.double() for k, v in result.items()}, expected) < 1e-4
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 4, 6])
+def test_model_comes_back_after_an_exception(fail_at):
+    model = busy_model(fail_at)
+    before = snapshot(model)
+    with pytest.raises((KeyError, ValueError), match="boom"):
+        fisher.diagonal(model, (torch.randn(9, 4), torch.randint(3, (9,))), batch_size=2)
+    assert_same(before, snapshot(model))
+
+
+def test_global_hooks_are_part_of_the_model():
+    model, x, y = make("perceptron")
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if isinstance(module, nn.Linear) else output
+    )
+    try:
+        expected = brute_force(model, x, y)
+        assert distance(fisher.diagonal(model, (x, y)), expected) < 1e-10
+    finally:
+        handle.remove()
+
+
+def test_random_numbers_come_from_the_generator():
+    model, x, y = make("perceptron", n=50)
+
+    def draw(seed):
+        return fisher.diagonal(model, (x, y), "sampled", generator=torch.Generator().manual_seed(seed))
+
+    assert distance(draw(0), draw(0)) == 0
+    assert distance(draw(0), draw(1)) > 0
+    state = torch.get_rng_state()
+    draw(0)
+    fisher.diagonal(model, (x, y))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- precision, tolerance and memory ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def well_trained():
+    """A network near interpolation: most examples have a probability of nearly one for their label."""
+    torch.manual_seed(0)
+    means = 3 * torch.randn(5, 12)
+    y = torch.randint(5, (300,))
+    x = means[y] + torch.randn(300, 12)
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimiser.step()
+    assert loss < 1e-3
+    return model, x, y
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_float32_is_accurate_near_interpolation(well_trained, estimator, scale):
+    model, x, y = well_trained
+    x = scale * x  # larger inputs: still more certain
+    single = fisher.diagonal(model, (x, y), estimator)
+    double = fisher.diagonal(copy.deepcopy(model).double(), (x.double(), y), estimator)
+    assert all(f.dtype == torch.float32 and torch.isfinite(f).all() for f in single.values())
+    if scale == 1.0:
+        assert distance({k: v.double() for k, v in single.items()}, double) < 1e-5
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
+def test_tolerance_bounds_the_error(well_trained, tolerance):
+    model, x, y = well_trained
+    exact = fisher.diagonal(model, (x, y))
+    short = fisher.diagonal(model, (x, y), tolerance=tolerance)
+    trace = sum(float(f.sum()) for f in exact.values())
+    missing = 1 - sum(float(f.sum()) for f in short.values()) / trace
+    assert 0 < missing < 2 * tolerance
+    assert all((short[k] <= exact[k] * (1 + 1e-4) + 1e-12).all() for k in exact)  # what is left out is never negative
+
+
+def test_tolerance_leaves_out_work(well_trained, monkeypatch):
+    model, x, y = well_trained
+    rows = []
+    add = _layers.Engine.backward
+    monkeypatch.setattr(
+        _layers.Engine, "backward", lambda self, v: (rows.append(len(self.x) * len(v)), add(self, v))
+    )
+    fisher.diagonal(model, (x, y), tolerance=1e-2)
+    assert sum(rows) < 0.1 * len(x) * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+    x, y = torch.randn(40, 6), torch.randint(4, (40,))
+    expected = fisher.diagonal(model, (x, y))
+    actual = fisher.diagonal(copy.deepcopy(model).to(dtype), (x, y))
+    assert all(f.dtype == torch.float32 for f in actual.values())
+    assert distance(actual, expected) < 0.03
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numbers = max(self.numbers, t.untyped_storage().size() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["linear", "sequence", "convolution", "parameter"])
+def test_memory_does_not_grow_with_parameters_times_batch(kind, monkeypatch):
+    monkeypatch.setattr(_layers, "BUDGET", 2**14)
+    if kind == "linear":
+        model, x = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 3)), torch.randn(64, 300)
+    elif kind == "sequence":
+        model = nn.Sequential(nn.Linear(100, 200), nn.Tanh(), nn.Flatten(), nn.Linear(600, 3))
+        x = torch.randn(64, 3, 100)
+    elif kind == "convolution":
+        model = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Tanh(), nn.Flatten(), nn.Linear(256, 3))
+        x = torch.randn(64, 32, 4, 4)
+    else:
+        model = _with(Lambda(lambda m, x: m.out(x @ m.w), out=nn.Linear(9, 3)), w=torch.randn(2000, 9))
+        x = torch.randn(64, 2000)
+    y = torch.randint(3, (len(x),))
+    largest = max(p.numel() for p in model.parameters())
+    with Largest() as mode:
+        fisher.diagonal(model, (x, y), batch_size=64)
+    # One gradient of the largest parameter and one batch of activations fit; a gradient per example does not.
+    assert mode.numbers < max(8 * largest, 2 * 64 * 32 * 4 * 9, 4 * _layers.BUDGET) < 64 * largest
+
+
+# ---- data -------------------------------------------------------------------------------------------
+
+
+class Listed(TorchDataset):
+    def __init__(self, *pair):
+        self.pair = pair
+
+    def __len__(self):
+        return len(self.pair[0])
+
+    def __getitem__(self, i):
+        return self.pair[0][i], int(self.pair[1][i])
+
+
+def test_any_form_of_data_gives_the_same():
+    model, x, y = make("perceptron", n=11)
+    expected = fisher.diagonal(model, (x, y))
+    for data in (
+        [x, y], TensorDataset(x, y), Listed(x, y), DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True),
+        DataLoader(Listed(x, y), batch_size=3), (x, y.to(torch.int32)), (x, torch.zeros(11)),
+    ):
+        assert distance(fisher.diagonal(model, data), expected) < 1e-12
+        assert distance(fisher.diagonal(model, data, tolerance=1e-13), expected) < 1e-9
+    assert distance(fisher.diagonal(model, (x.float(), y)), expected) < 1e-5  # cast to the model's precision
+    for size in (1, 2, 5, 11, 100):
+        assert distance(fisher.diagonal(model, (x, y), batch_size=size), expected) < 1e-12
+
+
+def test_one_example_suffices():
+    model, x, y = make("perceptron", n=1)
+    assert distance(fisher.diagonal(model, (x, y)), brute_force(model, x)) < 1e-10
+
+
+def test_sequences_of_any_length():
+    """A loader may pad every batch to a length of its own; each length is rehearsed anew."""
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: m.out(m.inner(x).tanh().mean(1)), inner=nn.Linear(4, 5), out=nn.Linear(5, 3)).double()
+    batches = [(torch.randn(3, length, 4).double(), torch.randint(3, (3,))) for length in (2, 5, 1)]
+    loader = DataLoader(batches, batch_size=None)
+    expected = [brute_force(model, x, y) for x, y in batches]
+    mean = {k: sum(e[k] for e in expected) / 3 for k in expected[0]}
+    assert distance(fisher.diagonal(model, loader), mean) < 1e-10
+
+
+def test_layers_chosen_by_the_data():
+    """Each expert sees the examples that are routed to it, a different number in every batch."""
+
+    def forward(m, x):
+        right = x[:, 0] > 0
+        h = torch.zeros(len(x), 4, dtype=x.dtype)
+        h[right] = m.right(x[right])
+        h[~right] = m.left(x[~right])
+        return m.out(h.tanh())
+
+    torch.manual_seed(0)
+    model = Lambda(forward, left=nn.Linear(4, 4), right=nn.Linear(4, 4), out=nn.Linear(4, 3)).double()
+    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
+    x[:3, 0] = x[:3, 0].abs()  # the first examples all go right
+    x[8:, 0] = -x[8:, 0].abs()
+    for estimator in DETERMINISTIC:
+        expected = brute_force(model, x, y, estimator)
+        for size in (1, 2, 3, 4, 12):
+            assert distance(fisher.diagonal(model, (x, y), estimator, batch_size=size), expected) < 1e-10
+
+
+def test_wrapped_models_keep_plain_names():
+    model, x, y = make("perceptron")
+    expected = fisher.diagonal(model, (x, y))
+    assert distance(fisher.diagonal(nn.DataParallel(model), (x, y)), expected) == 0
+    assert distance(fisher.diagonal(torch.compile(model, backend="eager"), (x, y)), expected) == 0
+
+
+def test_progress_bar_on_a_terminal_only(monkeypatch, capsys):
+    model, x, y = make("perceptron")
+    fisher.diagonal(model, (x, y))
+    assert capsys.readouterr().err == ""
+
+
+# ---- bad input --------------------------------------------------------------------------------------
+
+
+def _linear(out=3):
+    return nn.Linear(4, out)
+
+
+X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+BAD = {
+    "estimator": (lambda: fisher.diagonal(_linear(), (X, Y), "true"), "'exact', 'sampled', 'probe'"),
+    "tolerance": (lambda: fisher.diagonal(_linear(), (X, Y), tolerance=1.5), "share of the trace"),
+    "tolerance of a probe": (lambda: fisher.diagonal(_linear(), (X, Y), "probe", tolerance=0.1), "exact estimator"),
+    "batch size": (lambda: fisher.diagonal(_linear(), (X, Y), batch_size=0), "at least 1"),
+    "empty": (lambda: fisher.diagonal(_linear(), (X[:0], Y[:0])), "no example"),
+    "empty with tolerance": (lambda: fisher.diagonal(_linear(), (X[:0], Y[:0]), tolerance=0.1), "no example"),
+    "lengths": (lambda: fisher.diagonal(_linear(), (X, Y[:4])), "share their first axis"),
+    "label too large": (lambda: fisher.diagonal(_linear(), (X, Y + 1)), "between 0 and 2"),
+    "label negative": (lambda: fisher.diagonal(_linear(), (X, Y - 1)), "between 0 and 2"),
+    "padding without positions": (lambda: fisher.diagonal(_linear(), (X, Y.masked_fill(Y == 0, -100))), "-100 to 2"),
+    "real labels": (lambda: fisher.diagonal(_linear(), (X, Y.float()), "empirical"), "integer labels"),
+    "label shape": (lambda: fisher.diagonal(_linear(), (X, Y[:, None])), "do not fit logits"),
+    "one class": (lambda: fisher.diagonal(_linear(1), (X, 0 * Y)), "at least two classes"),
+    "not finite": (lambda: fisher.diagonal(_linear(), (X * math.inf, Y)), "not finite"),
+    "no batch axis": (lambda: fisher.diagonal(nn.Sequential(_linear(), nn.Flatten(0)), (X, Y)), "must return logits"),
+    "squeezed": (lambda: fisher.diagonal(Lambda(lambda m, x: m.f(x).squeeze(), f=_linear()), (X, Y)), "first axis"),
+    "not a tensor": (lambda: fisher.diagonal(Lambda(lambda m, x: (m.f(x),), f=_linear()), (X, Y)), "tuple"),
+    "all frozen": (lambda: fisher.diagonal(_linear().requires_grad_(False), (X, Y)), "nothing to measure"),
+    "no graph": (
+        lambda: fisher.diagonal(Lambda(lambda m, x: torch.no_grad()(m.f)(x), f=_linear()), (X, Y)), "do not depend"
+    ),
+    "classes repeated": (lambda: fisher.diagonal(_linear(), (X, Y), classes=[0, 0]), "two different indices"),
+    "classes out of range": (lambda: fisher.diagonal(_linear(), (X, Y), classes=[0, 3]), "between 0 and 2"),
+    "label outside classes": (
+        lambda: fisher.diagonal(_linear(), (X, Y), "empirical", classes=[0, 1]), "outside the classes"
+    ),
+    "max_norm": (
+        lambda: fisher.diagonal(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0), _linear()), (Y, Y)), "max_norm"
+    ),
+    "batch statistics": (
+        lambda: fisher.diagonal(nn.Sequential(_linear(), nn.BatchNorm1d(3, track_running_stats=False)), (X, Y)),
+        "one example alone",
+    ),
+    "mixed examples": (lambda: fisher.diagonal(Lambda(lambda m, x: m.f(x - x.mean(0)), f=_linear()), (X, Y)), "mixes"),
+    "random": (
+        lambda: fisher.diagonal(Lambda(lambda m, x: m.f(F.dropout(x, 0.5)), f=_linear()), (X, Y)), "random in eval mode"
+    ),
+    "no gradient of its own": (
+        lambda: fisher.diagonal(Lambda(lambda m, x: m.f(Broken.apply(x @ m.f.weight.T)), f=nn.Linear(4, 4)), (X, Y)),
+        "'f.weight'",
+    ),
+    "overflow": (lambda: fisher.diagonal(_with(Lambda(lambda m, x: x[:, :3] * m.w, f=_linear()), w=torch.ones(3)),
+                                         (X.sign() * 1e25, Y), "empirical"), "not finite"),
+}
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no backward")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    call, message = BAD[name]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call()
+
+
+@pytest.mark.parametrize("data", [X, "mnist", [(X, Y)], (X, Y, Y), DataLoader(TensorDataset(X), batch_size=2)])
+def test_data_of_the_wrong_kind(data):
+    with pytest.raises(TypeError, match="data must"):
+        fisher.diagonal(_linear(), data)
+
+
+# ---- other devices, other processes ---------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["perceptron", "conv2d", "attention", "lstm", "group and instance norm"])
+def test_cuda_agrees_with_the_cpu(name):
+    model, x, y = make(name)
+    for estimator in DETERMINISTIC:
+        expected = fisher.diagonal(model, (x, y), estimator)
+        actual = fisher.diagonal(copy.deepcopy(model).cuda(), (x, y), estimator)
+        assert distance({k: v.cpu() for k, v in actual.items()}, expected) < 1e-10
+
+
+def _shard(rank, folder, x, y, cuts):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = nn.Linear(4, 3).double()
+    model.load_state_dict(torch.load(f"{folder}/model", weights_only=True))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for i, cut in enumerate(cuts):
+        part = slice(0, cut) if rank == 0 else slice(cut, None)
+        torch.save(fisher.diagonal(wrapped, (x[part], y[part])), f"{folder}/{i}-{rank}")
+    try:
+        fisher.diagonal(model, (x[:0], y[:0]))
+    except ValueError as error:
+        assert "no example" in str(error)
+        torch.save({}, f"{folder}/empty-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_two_processes_agree_with_one():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(11, 4).double(), torch.randint(3, (11,))
+    expected = fisher.diagonal(model, (x, y))
+    cuts = [5, 1, 0, 11]  # uneven shards, and empty ones
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), os.path.join(folder, "model"))
+        torch.multiprocessing.spawn(_shard, (folder, x, y, cuts), nprocs=2)
+        for i in range(len(cuts)):
+            a, b = (torch.load(os.path.join(folder, f"{i}-{rank}"), weights_only=True) for rank in (0, 1))
+            assert distance(a, expected) < 1e-12 and distance(a, b) == 0
+        assert all(os.path.exists(os.path.join(folder, f"empty-{rank}")) for rank in (0, 1))
