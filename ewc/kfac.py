@@ -131,7 +131,7 @@ def factors(
 
 
 class KFAC:
-    r"""A memory like :class:`ewc.EWC` that also knows which weights of a layer move together.
+    r"""A memory like :class:`ewc.elastic.EWC` that also knows which weights of a layer move together.
 
     :math:`\Omega(\theta) = \frac\lambda2 \sum_{\text{layer}} \sum_t \operatorname{tr}(G_t \Delta A_t \Delta^\top)`,
     where Δ (outputs, inputs + 1) is a layer's weight and, as its last column, its bias, minus the anchor θ*.
