@@ -52,7 +52,10 @@ def test_samples_have_the_mean_and_covariance(gaussian):
 
 @pytest.mark.parametrize("a, b", [(2.0, 2.0), (8.0, 4.0), (30.0, 3.5)])
 def test_beta_depends_on_the_coordinate(a, b):
-    log_density = lambda t: (a - 1) * t.log() + (b - 1) * (1 - t).log()
+
+    def log_density(t):
+        return (a - 1) * t.log() + (b - 1) * (1 - t).log()
+
     q = laplace.fit(log_density, 0.5)
     close(q.mode, (a - 1) / (a + b - 2))
     close(q.precision, (a + b - 2) ** 3 / ((a - 1) * (b - 1)))
@@ -107,16 +110,28 @@ def test_logistic_regression_against_a_grid():
 
 
 def test_newton_gets_there_from_afar_and_from_negative_curvature():
-    student = lambda t: -2 * (1 + (t - 3).square() / 3).log()  # convex beyond √3 from its centre
+
+    def student(t):  # convex beyond √3 from its centre
+        return -2 * (1 + (t - 3).square() / 3).log()
+
     for start in (-40.0, 0.0, 2.9, 500.0):
         q = laplace.fit(student, start)
         close(q.mode, 3.0)
         close(q.precision, 4 / 3)
-    banana = lambda t: -((1 - t[0]) ** 2) - 100 * (t[1] - t[0] ** 2) ** 2
+
+    def banana(t):
+        return -((1 - t[0]) ** 2) - 100 * (t[1] - t[0] ** 2) ** 2
+
     close(laplace.fit(banana, torch.tensor([-1.2, 1.0])).mode, [1.0, 1.0])
-    narrow = lambda t: -0.5e16 * (t - 1e-3).square()
+
+    def narrow(t):
+        return -0.5e16 * (t - 1e-3).square()
+
     close(laplace.fit(narrow, 0.0).mode, 1e-3)
-    wide = lambda t: -0.5e-12 * (t - 7e5).square()
+
+    def wide(t):
+        return -0.5e-12 * (t - 7e5).square()
+
     close(laplace.fit(wide, 0.0).mode, 7e5)
 
 

@@ -1,0 +1,235 @@
+r"""EWC's relatives: the same quadratic penalty, with another answer to how much each weight matters.
+
+All of them are :math:`\tfrac\lambda2 \sum_i \omega_i (\theta_i - \theta^*_i)^2`, stored, differentiated and
+pulled by the code of :class:`ewc.elastic.EWC`, with the importances ω in the place of the Fisher (attribute
+``fisher``) and the newest optimum as the anchor. They differ in :meth:`consolidate`, where the importances
+come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.data import DataLoader, Dataset
+
+from ewc import curvature
+from ewc.elastic import EWC
+from ewc.fisher import unwrap
+
+__all__ = ["L2", "MemoryAwareSynapses", "SynapticIntelligence"]
+
+
+class _Relative(EWC):
+    """The memory interface with importances in the place of the Fisher."""
+
+    def __init__(self, strength: float):
+        super().__init__(strength)
+
+    def state_dict(self) -> dict:
+        """Everything the memory knows; ``torch.load(weights_only=True)`` reads it back."""
+        return super().state_dict() | {"kind": type(self).__name__}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Takes over a :meth:`state_dict`, options included.
+
+        Raises:
+            ValueError: the state of another kind of memory, or of none; the memory is then as it was.
+        """
+        kind = state.get("kind") if isinstance(state, Mapping) else None
+        if kind != type(self).__name__:
+            raise ValueError(
+                f"this is not the state of a {type(self).__name__} memory (found kind {kind!r})."
+            )
+        super().load_state_dict(state)
+
+
+class L2(_Relative):
+    r"""Every weight matters equally: the penalty's Fisher is the identity.
+
+    :math:`\Omega(\theta) = \tfrac\lambda2 \sum_i (\theta_i - \theta^*_i)^2`
+
+    The anchor is the newest optimum and λ stays what it is, however many tasks: the penalty is that of the
+    online memories with decay 0. λ has another unit than EWC's, where it multiplies the Fisher.
+
+    Implements: eq-l2
+    """
+
+    def consolidate(self, model: nn.Module, data=None) -> None:
+        """Moves the anchor to the model's present trainable weights; the data is not looked at."""
+        ones = {name: torch.ones_like(p) for name, p in unwrap(model).named_parameters() if p.requires_grad}
+        self.fisher = {name: torch.zeros_like(f) for name, f in self.fisher.items()}
+        super().consolidate(model, fisher=ones)
+
+
+class SynapticIntelligence(_Relative):
+    r"""A weight matters by how much of the loss's fall it brought about on its way.
+
+    Along the path of training weight i contributes
+    :math:`w_i = -\sum_k g_{ki} (\theta_{k+1,i} - \theta_{k,i})` to the fall of the task's loss, with g its
+    gradient at step k. At the end of a task
+
+    :math:`\omega_i \leftarrow \omega_i + \max(0,\ 2 w_i / ((\theta_i - \theta_{0,i})^2 + \xi))`
+
+    Zenke et al. write the penalty as :math:`c \sum_i \omega_i (\theta_i - \theta^*_i)^2` without the factors
+    2 and ½; with both of them strength is their c. A quadratic loss of curvature h, walked down to its
+    minimum by gradient flow, gives ω → h for ξ → 0, so λ means what it means for EWC.
+
+    **Contract with the training loop**: call :meth:`record` once for every step, after ``backward()`` of the
+    task's loss alone and before anything else (the penalty's gradient, the optimiser's step, the pull)::
+
+        loss.backward()
+        memory.record(model)
+        optimizer.step()
+        memory.pull(model, lr)
+
+    The whole move from one record to the next counts, the pull's included: the sum of all w is then the fall
+    of the loss along the path really walked. :meth:`consolidate` closes the last step and forgets the path.
+
+    Attributes:
+        damping: ξ, which bounds ω for weights that hardly moved.
+
+    Source: Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence" (ICML 2017).
+
+    Implements: eq-si
+    """
+
+    def __init__(self, strength: float, *, damping: float = 0.1):
+        """
+        Args:
+            strength: λ.
+            damping: ξ, finite and positive.
+
+        Raises:
+            ValueError: a strength that is negative or not finite, a damping that is not positive.
+        """
+        super().__init__(strength)
+        if not 0 < damping < math.inf:
+            raise ValueError(f"damping is the ξ that keeps ω finite: a positive number; got {damping!r}.")
+        self.damping = float(damping)
+        self._path: dict[str, dict[str, Tensor]] = {"begin": {}, "last": {}, "gradient": {}, "work": {}}
+
+    @torch.no_grad()
+    def record(self, model: nn.Module) -> None:
+        """Notes one step of training: the weights before it, and in ``.grad`` the gradient of the task's loss."""
+        for name, p in unwrap(model).named_parameters():
+            if not p.requires_grad:
+                continue
+            if name not in self._path["begin"]:
+                for key in ("begin", "last"):
+                    self._path[key][name] = p.detach().clone()
+                for key in ("gradient", "work"):
+                    self._path[key][name] = torch.zeros_like(p)
+            self._close(name, p)
+            self._path["gradient"][name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+
+    def _close(self, name: str, p: Tensor) -> None:
+        """Credits the weights' move since the last record with the fall that the gradient there promised."""
+        last, gradient = self._path["last"][name], self._path["gradient"][name]
+        self._path["work"][name] -= gradient * (p - last)
+        last.copy_(p)
+
+    @torch.no_grad()
+    def consolidate(self, model: nn.Module, data=None) -> None:
+        """Turns the recorded path into importances, added to the old ones, and moves the anchor.
+
+        Raises:
+            ValueError: no step was recorded since the last consolidation, or a model that is not the recorded
+                one.
+        """
+        if not self._path["begin"]:
+            raise ValueError(
+                "no path was recorded: call record(model) after each backward() of the task's loss."
+            )
+        parameters = dict(unwrap(model).named_parameters())
+        gained = {}
+        for name, begin in self._path["begin"].items():
+            if name not in parameters or parameters[name].shape != begin.shape:
+                raise ValueError(
+                    f"the path holds {name!r} of shape {tuple(begin.shape)}, which the model lacks."
+                )
+            self._close(name, parameters[name])
+            moved = parameters[name] - begin
+            gained[name] = (2 * self._path["work"][name] / (moved.square() + self.damping)).clamp(min=0)
+        super().consolidate(model, fisher=gained)
+        self._path = {key: {} for key in self._path}
+
+    def state_dict(self) -> dict:
+        """Importances and anchor, and the path of a task under way."""
+        path = {key: dict(tensors) for key, tensors in self._path.items()}
+        return super().state_dict() | {"damping": self.damping, "path": path}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Takes over a :meth:`state_dict`, options included.
+
+        Raises:
+            ValueError: the state of another kind of memory, or of none; the memory is then as it was.
+        """
+        super().load_state_dict(state)
+        self.damping = float(state["damping"])
+        self._path = {
+            key: {n: t.detach().clone() for n, t in named.items()} for key, named in state["path"].items()
+        }
+
+    def to(self, *args, **kwargs) -> SynapticIntelligence:
+        """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
+        super().to(*args, **kwargs)
+        self._path = {
+            key: {n: t.to(*args, **kwargs) for n, t in named.items()} for key, named in self._path.items()
+        }
+        return self
+
+
+class MemoryAwareSynapses(_Relative):
+    r"""A weight matters by how strongly the network's output depends on it; no labels are needed.
+
+    :math:`\omega_i = \frac1N \sum_n \left| \frac{\partial \|f(x_n)\|^2}{\partial \theta_i} \right|`
+
+    with f the logits. The absolute value is taken example by example, before the mean. Importances of several
+    tasks add up, anchored at the newest optimum. As :math:`\|f\|^2` is not a log probability, ω has neither
+    the Fisher's unit nor its square: λ must be chosen anew.
+
+    Source: Aljundi et al., "Memory aware synapses: learning what (not) to forget" (ECCV 2018).
+
+    Implements: eq-mas
+    """
+
+    def consolidate(self, model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> None:
+        """Adds the importances on the task just learnt and moves the anchor.
+
+        Args:
+            model: a network that maps (N, ...) to outputs (N, ...), one example independent of the others.
+            data: a dataset, a loader or a pair of tensors; the labels are not looked at.
+
+        Raises:
+            ValueError: empty data, nothing to train, or a model that is not the stored one.
+        """
+        super().consolidate(model, fisher=_sensitivity(unwrap(model), data))
+
+
+def _sensitivity(model: nn.Module, data) -> dict[str, Tensor]:
+    """E|∂‖f‖²/∂θ| of every trainable parameter."""
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: there is nothing to measure.")
+    first = next(iter(trainable.values()))
+    places = curvature.places(model)
+
+    def size(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        tensors = {place: parameters.get(name, held) for place, (name, held) in places.items()}
+        return functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False).square().sum()
+
+    total, count = {name: torch.zeros_like(p) for name, p in trainable.items()}, 0
+    chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once
+    with curvature.evaluating(model):
+        for x, _ in curvature.batches(data, chunk):
+            for part in curvature.like(x, first).split(chunk):
+                for name, g in vmap(grad(size), in_dims=(None, 0))(trainable, part).items():
+                    total[name] += g.abs().sum(0)
+            count += len(x)
+    if not count:
+        raise ValueError("the data holds no example: the importances are means over at least one.")
+    return {name: value / count for name, value in total.items()}

@@ -1,0 +1,270 @@
+"""L2, SI and MAS: importances against their definitions, and the memory interface that they share with EWC."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ewc.elastic import EWC
+from ewc.relatives import L2, MemoryAwareSynapses, SynapticIntelligence
+
+F64 = torch.float64
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def batch(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 3, dtype=F64, generator=generator), torch.randint(0, 2, (6,), generator=generator)
+
+
+def close(actual, expected, rtol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.detach().abs().max().item())
+
+
+class Weights(nn.Module):
+    """A bare vector of weights, for losses written by hand."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(values, dtype=F64))
+
+
+def descend(model, loss, memory, lr, count, pull=False):
+    for _ in range(count):
+        model.zero_grad()
+        loss(model.theta).backward()
+        memory.record(model)
+        with torch.no_grad():
+            model.theta -= lr * model.theta.grad
+        if pull:
+            memory.pull(model, lr)
+
+
+def learnt(memory, model, data):
+    """The memory after one task."""
+    if hasattr(memory, "record"):
+        nn.functional.cross_entropy(model(data[0]), data[1]).backward()
+        memory.record(model)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.5 * p.grad
+        model.zero_grad()
+    memory.consolidate(model, data)
+    return memory
+
+
+MEMORIES = [L2, SynapticIntelligence, MemoryAwareSynapses]
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_the_interface_is_ewcs(kind, tmp_path):
+    model, data, memory = network(), batch(), kind(3.0)
+    assert memory.penalty(model) == 0
+    learnt(memory, model, data)
+    assert memory.penalty(model) == 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    expected = 1.5 * sum(
+        (memory.fisher[n] * (p - memory.theta_star[n]) ** 2).sum() for n, p in model.named_parameters()
+    )
+    assert expected > 0
+    close(memory.penalty(model), expected)
+    memory.add_gradient(model)
+    for p, g in zip(model.parameters(), torch.autograd.grad(expected, list(model.parameters()))):
+        close(p.grad, g)
+    pulled = copy.deepcopy(model)
+    memory.pull(pulled, 0.2)
+    for n, p in model.named_parameters():
+        weight = 0.2 * 3.0 * memory.fisher[n]
+        close(pulled.get_parameter(n).detach(), ((p + weight * memory.theta_star[n]) / (1 + weight)).detach())
+    torch.save(memory.state_dict(), tmp_path / "memory.pt")
+    new = kind(0.0)
+    new.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
+    assert new.strength == 3.0 and torch.equal(new.penalty(model), memory.penalty(model))
+    assert new.to(torch.float32).fisher["0.weight"].dtype == torch.float32
+    for other in (EWC(1.0), *(k(1.0) for k in MEMORIES if k is not kind)):
+        with pytest.raises(ValueError, match=f"not the state of a {kind.__name__}"):
+            new.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="not the state"):
+        new.load_state_dict(None)
+    with pytest.raises(ValueError, match="at least 0"):
+        kind(-1.0)
+    with pytest.raises(ValueError, match="0.weight"):
+        memory.penalty(nn.Sequential(nn.Linear(3, 5)).double())
+
+
+def test_l2_minimiser_and_its_limits():
+    """With curvature H_B and strength α: (H_B + αI)⁻¹ (H_B θ_B + α θ_A)."""
+    generator = torch.Generator().manual_seed(0)
+    root, theta_a, theta_b = (torch.randn(*s, dtype=F64, generator=generator) for s in ((3, 3), (3,), (3,)))
+    H = root @ root.T + torch.eye(3, dtype=F64)
+    found = {}
+    for strength in (1e-9, 0.7, 1e9):
+        model, memory = Weights(theta_a.tolist()), L2(strength)
+        memory.consolidate(model)
+        with torch.no_grad():
+            model.theta.zero_()
+        # one Newton step on task B's loss plus the memory's penalty lands on the minimum
+        delta = model.theta - theta_b
+        total = delta @ H @ delta / 2 + memory.penalty(model)
+        (g,) = torch.autograd.grad(total, model.theta, create_graph=True)
+        hessian = torch.stack([torch.autograd.grad(g_i, model.theta, retain_graph=True)[0] for g_i in g])
+        found[strength] = -torch.linalg.solve(hessian, g.detach())
+        expected = torch.linalg.solve(H + strength * torch.eye(3), H @ theta_b + strength * theta_a)
+        close(found[strength], expected, rtol=1e-8)
+    close(found[1e-9], theta_b, rtol=1e-6)
+    close(found[1e9], theta_a, rtol=1e-6)
+
+
+def test_l2_does_not_grow_with_tasks_and_leaves_frozen_weights_out():
+    model, memory = network(), L2(2.0)
+    model[0].requires_grad_(False)
+    for _ in range(3):
+        memory.consolidate(model)
+        with torch.no_grad():
+            model[2].weight += 1
+    assert memory.fisher.keys() == {"2.weight", "2.bias"}
+    close(
+        memory.penalty(model), torch.tensor(8.0, dtype=F64)
+    )  # 2/2 · 8 weights, each one away from the newest anchor
+
+
+def test_si_under_gradient_flow_on_a_diagonal_quadratic():
+    """w_i = (h_i/2)(θ₀² - θ_T²), Σw = the loss's fall, and ω = 2w/(Δ² + ξ) → h at the minimum."""
+    h, begin = torch.tensor([0.5, 2.0, 0.0], dtype=F64), [1.0, -2.0, 3.0]
+
+    def loss(theta):
+        return 0.5 * (h * theta.square()).sum()
+
+    errors = []
+    for lr in (1e-2, 1e-3):
+        model, memory = Weights(begin), SynapticIntelligence(1.0, damping=1e-9)
+        start = loss(model.theta).item()
+        descend(model, loss, memory, lr, round(1 / lr))
+        end = model.theta.detach().clone()
+        memory.consolidate(model)
+        exact = h * (torch.tensor(begin, dtype=F64).square() - end.square()) / 2
+        moved = (end - torch.tensor(begin, dtype=F64)).square()
+        work = memory.fisher["theta"] * (moved + 1e-9) / 2
+        errors.append((work - exact).norm() / exact.norm())
+        assert abs(work.sum() - (start - loss(end))) < 2 * lr * (start - loss(end))
+    assert (
+        errors[1] < 2e-3 and 8 < errors[0] / errors[1] < 12
+    )  # flow is the limit of small steps, at first order
+    model, memory = Weights(begin), SynapticIntelligence(1.0, damping=1e-9)
+    descend(model, loss, memory, 1e-2, 2000)
+    memory.consolidate(model)
+    close(memory.fisher["theta"], h, rtol=0.011)  # the steps' own error is lr h / 2
+
+
+def test_si_is_its_definition_over_two_tasks():
+    model, memory = network(), SynapticIntelligence(1.0, damping=0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    omega = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for task in range(2):
+        x, y = batch(task)
+        begin = {n: p.detach().clone() for n, p in model.named_parameters()}
+        work = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            memory.record(model)
+            before = {n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters()}
+            memory.add_gradient(model)
+            optimizer.step()
+            memory.pull(model, 0.3)
+            for n, p in model.named_parameters():
+                work[n] -= before[n][1] * (p.detach() - before[n][0])
+        for n, p in model.named_parameters():
+            omega[n] += (2 * work[n] / ((p.detach() - begin[n]) ** 2 + 0.3)).clamp(min=0)
+        memory.consolidate(model)
+        for n, p in model.named_parameters():
+            close(memory.fisher[n], omega[n])
+            assert torch.equal(memory.theta_star[n], p)
+
+
+def test_si_climbing_weights_get_no_importance():
+    model, memory = Weights([1.0, 1.0]), SynapticIntelligence(1.0)
+    model.theta.grad = torch.tensor([1.0, 1.0], dtype=F64)
+    memory.record(model)
+    with torch.no_grad():
+        model.theta += torch.tensor([-0.5, 0.5], dtype=F64)
+    memory.consolidate(model)
+    close(memory.fisher["theta"], torch.tensor([2 * 0.5 / (0.25 + 0.1), 0.0], dtype=F64))
+
+
+def test_si_resumes_in_the_middle_of_a_task():
+    def loss(theta):
+        return (theta - 1).square().sum()
+
+    model, memory = Weights([3.0, 0.0]), SynapticIntelligence(1.0, damping=0.2)
+    descend(model, loss, memory, 0.05, 3)
+    resumed = SynapticIntelligence(0.0)
+    resumed.load_state_dict(copy.deepcopy(memory.state_dict()))
+    assert resumed.damping == 0.2
+    other = copy.deepcopy(model)
+    for walker, path in ((model, memory), (other, resumed)):
+        descend(walker, loss, path, 0.05, 3)
+        path.consolidate(walker)
+    assert torch.equal(memory.fisher["theta"], resumed.fisher["theta"]) and memory.fisher["theta"].min() > 0
+    assert resumed.to(torch.float32).theta_star["theta"].dtype == torch.float32
+
+
+def test_si_bad_input():
+    for damping in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive number"):
+            SynapticIntelligence(1.0, damping=damping)
+    model, memory = network(), SynapticIntelligence(1.0)
+    with pytest.raises(ValueError, match=r"call record\(model\)"):
+        memory.consolidate(model)
+    model[0].requires_grad_(False)
+    memory.record(model)  # no gradient at all: nothing is credited
+    with pytest.raises(ValueError, match="'2.weight' of shape"):
+        memory.consolidate(nn.Linear(3, 2).double())
+    memory.consolidate(model)
+    assert memory.fisher.keys() == {"2.weight", "2.bias"} and not memory.fisher["2.weight"].any()
+    with pytest.raises(ValueError, match="no path"):
+        memory.consolidate(model)  # the path was used up
+
+
+def test_mas_is_its_definition_and_needs_no_labels():
+    model, (x, y) = network(), batch()
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for x_ in x:
+        g = torch.autograd.grad(model(x_[None]).square().sum(), list(model.parameters()))
+        for n, g_ in zip(expected, g):
+            expected[n] += g_.abs() / len(x)
+    model.train()
+    for labels in (y, 1 - y):
+        memory = MemoryAwareSynapses(1.0)
+        memory.consolidate(model, (x, labels))
+        for n in expected:
+            close(memory.fisher[n], expected[n])
+    memory.consolidate(model, (x, y))
+    close(memory.fisher["0.bias"], 2 * expected["0.bias"])  # tasks add up
+    assert model.training and all(p.grad is None for p in model.parameters())
+    signed = torch.autograd.grad(model(x).square().sum() / len(x), model[0].weight)[0].abs()
+    assert (expected["0.weight"] > 1.01 * signed).any()  # the absolute value comes before the mean
+
+
+def test_mas_of_tied_and_frozen_weights():
+    torch.manual_seed(0)
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(3, 2)).double()
+    model[3].bias.requires_grad_(False)
+    x, y = batch()
+    memory = MemoryAwareSynapses(1.0)
+    memory.consolidate(model, (x, y))
+    assert memory.fisher.keys() == {"0.weight", "0.bias", "3.weight"}
+    rows = [torch.autograd.grad(model(x_[None]).square().sum(), shared.weight)[0].abs() for x_ in x]
+    close(memory.fisher["0.weight"], sum(rows) / len(x))
+    with pytest.raises(ValueError, match="no example"):
+        memory.consolidate(model, (x[:0], y[:0]))
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        MemoryAwareSynapses(1.0).consolidate(model.requires_grad_(False), (x, y))
