@@ -1,0 +1,545 @@
+"""The penalty of elastic weight consolidation against autograd, closed forms and the quadratics it stands for."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ewc import EWC, fisher
+
+
+def network(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+def data(seed=0, n=12, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=generator).to(dtype), torch.randint(3, (n,), generator=generator)
+
+
+def move(model, seed=1, by=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn(p.shape, generator=generator).to(p.dtype))
+    return model
+
+
+def written_out(strength, terms, model):
+    """The penalty as a sum over tasks of (lambda / 2) F (theta - theta*)^2, through autograd."""
+    parameters = dict(model.named_parameters())
+    return sum(
+        0.5 * strength * weight * (f[name] * (parameters[name] - star[name]).square()).sum()
+        for weight, f, star in terms
+        for name in f
+    )
+
+
+def consolidated(strength=3.0, model=None, **options):
+    memory = EWC(strength, **options)
+    memory.consolidate(model or network(), data())
+    return memory
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# ---- value and gradient -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["exact", "empirical", "argmax"])
+def test_penalty_is_the_formula_and_its_gradient_that_of_autograd(estimator):
+    model = network()
+    memory = consolidated(model=model, estimator=estimator)
+    assert all(torch.equal(memory.fisher[n], f) for n, f in fisher.diagonal(model, data(), estimator).items())
+    star = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert float(memory.penalty(model).detach()) == 0.0
+    move(model)
+    assert all(torch.equal(memory.theta_star[n], s) for n, s in star.items())  # a copy, not a reference
+
+    expected = written_out(3.0, [(1.0, memory.fisher, star)], model)
+    expected.backward()
+    by_hand = gradients(model)
+    model.zero_grad()
+    actual = memory.penalty(model)
+    actual.backward()
+    assert torch.allclose(actual, expected, rtol=1e-12, atol=0)
+    for name, g in gradients(model).items():
+        assert torch.allclose(g, by_hand[name], rtol=1e-12, atol=0)
+    model.zero_grad(set_to_none=True)
+    memory.add_gradient(model)
+    for name, g in gradients(model).items():
+        assert torch.allclose(g, by_hand[name], rtol=1e-12, atol=0)
+    memory.add_gradient(model)  # adds
+    for name, g in gradients(model).items():
+        assert torch.allclose(g, 2 * by_hand[name], rtol=1e-12, atol=0)
+
+
+def test_penalty_can_be_differentiated_twice():
+    memory = consolidated()
+    model = move(network())
+    grads = torch.autograd.grad(memory.penalty(model), list(model.parameters()), create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in grads), list(model.parameters()))
+    for h, f in zip(second, memory.fisher.values()):
+        assert torch.allclose(h, 3.0 * f, rtol=1e-12, atol=0)
+
+
+def test_penalty_in_a_training_loop_of_ones_own():
+    x, y = data()
+    memory, model = consolidated(), move(network())
+    loss = F.cross_entropy(model(x), y) + memory.penalty(model)
+    loss.backward()
+    joint = gradients(model)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    memory.add_gradient(model)
+    for name, g in gradients(model).items():
+        assert torch.allclose(g, joint[name], rtol=1e-12, atol=1e-18)
+
+
+def test_before_the_first_task_training_is_plain():
+    model, memory = network(), EWC(10.0)
+    before = copy.deepcopy(model.state_dict())
+    loss = model(data()[0]).sum() + memory.penalty(model)
+    loss.backward()
+    plain = gradients(model)
+    memory.add_gradient(model)
+    memory.pull(model, 0.1)
+    assert float(memory.penalty(model).detach()) == 0.0 and memory.tasks == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(g, plain[n]) for n, g in gradients(model).items())
+
+
+def test_strength_is_changed_between_runs():
+    memory = consolidated(1.0)
+    model = move(network())
+    one = float(memory.penalty(model).detach())
+    memory.strength = 300
+    assert float(memory.penalty(model).detach()) == pytest.approx(300 * one, rel=1e-12)
+    memory.strength = 0
+    assert float(memory.penalty(model).detach()) == 0.0
+    before = copy.deepcopy(model.state_dict())
+    memory.pull(model, 0.1)
+    memory.add_gradient(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---- the proximal step ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 1e12])
+def test_pull_is_the_proximal_step(strength):
+    memory, model = consolidated(strength), move(network())
+    theta = {n: p.detach().clone() for n, p in model.named_parameters()}
+    memory.pull(model, 0.05)
+    for n, p in model.named_parameters():
+        scaled = 0.05 * strength * memory.fisher[n]
+        expected = (theta[n] + scaled * memory.theta_star[n]) / (1 + scaled)
+        assert torch.allclose(p, expected, rtol=1e-12, atol=1e-14)
+        # the minimiser of |theta' - theta|^2 / (2 s) + penalty: its gradient vanishes there
+        residual = (p - theta[n]) / 0.05 + strength * memory.fisher[n] * (p - memory.theta_star[n])
+        assert residual.abs().max() < 1e-9 * max(1.0, strength)
+
+
+def test_pull_with_a_step_for_every_parameter():
+    memory, model = consolidated(2.0), move(network())
+    twin = copy.deepcopy(model)
+    memory.pull(model, 0.05)
+    memory.pull(twin, {n: torch.full_like(p, 0.05) for n, p in twin.named_parameters()})
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.allclose(p, q, rtol=1e-12)
+    memory.pull(twin, {n: 0.0 for n, _ in twin.named_parameters()})  # numbers as well; no step, no change
+    assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def test_pull_follows_every_change_of_step_strength_and_fisher():
+    memory, model = consolidated(2.0), network()
+    for change in (
+        lambda: None, lambda: setattr(memory, "strength", 7.0), lambda: memory.consolidate(model, data(1)),
+        lambda: memory.load_state_dict(consolidated(4.0, model=network(3)).state_dict()),
+    ):
+        change()
+        for step in (0.1, 0.01):
+            move(model)
+            theta = [p.detach().clone() for p in model.parameters()]
+            memory.pull(model, step)
+            for t, p, f, s in zip(theta, model.parameters(), memory.fisher.values(), memory.theta_star.values()):
+                scaled = step * memory.strength * f
+                assert torch.allclose(p, (t + scaled * s) / (1 + scaled), rtol=1e-12, atol=1e-14)
+
+
+def test_pull_is_stable_where_the_gradient_step_is_not():
+    memory = EWC(1.0)
+    model = nn.Linear(1, 2, bias=False).double()
+    memory.consolidate(model, fisher={"weight": torch.full((2, 1), 100.0).double()})
+    implicit, explicit = move(copy.deepcopy(model)), move(copy.deepcopy(model))
+    for _ in range(50):
+        memory.pull(implicit, 0.1)  # step * strength * F = 10 > 2
+        explicit.zero_grad()
+        memory.add_gradient(explicit)
+        with torch.no_grad():
+            explicit.weight -= 0.1 * explicit.weight.grad
+    assert (implicit.weight - model.weight).norm() < 1e-12
+    assert (explicit.weight - model.weight).norm() > 1e10
+
+
+def test_frozen_parameters_are_left_alone():
+    model = network()
+    memory = consolidated(50.0, model=model)
+    move(model)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    memory.pull(model, 0.1)
+    memory.add_gradient(model)
+    assert torch.equal(model[0].weight, before) and model[0].weight.grad is None
+    assert model[2].weight.grad is not None
+    memory.consolidate(model, data(1))  # its old Fisher stays, its anchor is where it is
+    assert torch.equal(memory.theta_star["0.weight"], before)
+    model.requires_grad_(False)
+    memory.pull(model, 0.1)
+    memory.add_gradient(model)
+
+
+# ---- many tasks ---------------------------------------------------------------------------------------------
+
+
+def sequence_of_tasks(anchors, decay, tasks=4):
+    model, memory = network(), EWC(2.5, anchors=anchors, decay=decay)
+    fishers, stars = [], []
+    for t in range(tasks):
+        move(model, seed=10 + t)
+        memory.consolidate(model, data(t))
+        fishers.append(fisher.diagonal(model, data(t)))
+        stars.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    return memory, fishers, stars, move(model, seed=99)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7, 0.0])
+def test_latest_adds_fishers_and_moves_the_anchor(decay):
+    memory, fishers, stars, model = sequence_of_tasks("latest", decay)
+    terms = [(decay ** (3 - t), f, stars[-1]) for t, f in enumerate(fishers)]
+    assert torch.allclose(memory.penalty(model), written_out(2.5, terms, model), rtol=1e-12)
+    assert memory.tasks == 4 and memory.constant == 0.0
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7, 0.0])
+def test_each_is_the_sum_of_all_penalties_stored_as_one(decay):
+    memory, fishers, stars, model = sequence_of_tasks("each", decay)
+    terms = [(decay ** (3 - t), f, s) for t, (f, s) in enumerate(zip(fishers, stars))]
+    expected = written_out(2.5, terms, model)
+    assert torch.allclose(memory.penalty(model), expected, rtol=1e-12)
+    expected.backward()
+    by_hand = gradients(model)
+    model.zero_grad()
+    memory.add_gradient(model)
+    for name, g in gradients(model).items():
+        assert torch.allclose(g, by_hand[name], rtol=1e-9, atol=1e-13)
+    stored = sum(t.numel() for t in memory.fisher.values()) + sum(t.numel() for t in memory.theta_star.values())
+    assert stored == 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_each_keeps_a_weight_without_fisher_at_the_newest_optimum():
+    model = nn.Linear(1, 2, bias=False).double()
+    memory = EWC(1.0, anchors="each")
+    for weights in ([1.0, 2.0], [3.0, 5.0]):
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor(weights)[:, None])
+        memory.consolidate(model, fisher={"weight": torch.tensor([[0.0], [1.0]]).double()})
+    assert memory.theta_star["weight"].flatten().tolist() == [3.0, 3.5]
+    assert memory.constant == pytest.approx(0.5 * 0.5 * 3.0**2)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.floats(-5, 5)), min_size=1, max_size=6),
+    st.floats(0, 1), st.sampled_from(["latest", "each"]), st.floats(0, 100),
+)
+def test_one_weight_through_any_tasks(tasks, decay, anchors, strength):
+    model = nn.Linear(1, 2, bias=False).double()  # two equal weights
+    memory = EWC(strength, anchors=anchors, decay=decay)
+    for f, star in tasks:
+        nn.init.constant_(model.weight, star)
+        memory.consolidate(model, fisher={"weight": torch.full((2, 1), f, dtype=torch.float64)})
+    nn.init.constant_(model.weight, 1.5)
+    newest = tasks[-1][1]
+    expected = sum(
+        strength * decay ** (len(tasks) - 1 - t) * f * (1.5 - (newest if anchors == "latest" else star)) ** 2
+        for t, (f, star) in enumerate(tasks)
+    )
+    assert float(memory.penalty(model).detach()) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_new_heads_are_free_until_they_are_consolidated():
+    model = nn.ModuleDict({"body": nn.Linear(4, 5), "first": nn.Linear(5, 3)}).double()
+    memory = EWC(1.0)
+    memory.consolidate(model, fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    model["second"] = nn.Linear(5, 2).double()
+    move(model)
+    memory.add_gradient(model)
+    assert model["second"].weight.grad is None and model["body"].weight.grad is not None
+    memory.consolidate(model, fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    assert "second.weight" in memory.fisher and float(memory.fisher["second.weight"].max()) == 1.0
+    assert float(memory.fisher["body.weight"].max()) == 2.0
+
+
+# ---- what the penalty is for -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(60, 60), (90, 30), (20, 200)])
+def test_strength_n_a_over_n_b_returns_the_joint_optimum_of_a_quadratic(sizes):
+    """Mean losses, mean Fisher, quadratic loss of the old task with a diagonal Hessian: lambda = N_A / N_B."""
+    generator = torch.Generator().manual_seed(0)
+    n_a, n_b = sizes
+    # Linear regression on orthogonal inputs: the mean Hessian of task A is diagonal and equals its Fisher.
+    x_a = torch.linalg.qr(torch.randn(n_a, 4, generator=generator, dtype=torch.float64)).Q * torch.arange(1.0, 5.0)
+    x_b = torch.randn(n_b, 4, generator=generator, dtype=torch.float64)
+    y_a, y_b = (torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes)
+    joint = torch.linalg.lstsq(torch.cat([x_a, x_b]), torch.cat([y_a, y_b])[:, None]).solution.flatten()
+    theta_a = torch.linalg.lstsq(x_a, y_a[:, None]).solution.flatten()
+
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(theta_a)
+    memory = EWC(n_a / n_b)
+    memory.consolidate(model, fisher={"weight": x_a.square().mean(0, keepdim=True)})
+
+    def objective():
+        return 0.5 * (model(x_b).flatten() - y_b).square().mean() + memory.penalty(model)
+
+    optimiser = torch.optim.LBFGS(
+        model.parameters(), max_iter=200, tolerance_grad=1e-14, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert torch.allclose(model.weight.flatten(), joint, atol=1e-8)
+    memory.strength *= 2  # any other strength misses it
+    optimiser.step(closure)
+    assert (model.weight.flatten() - joint).norm() > 1e-3
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def test_state_survives_a_file_of_tensors_and_numbers(tmp_path):
+    memory, *_, model = sequence_of_tasks("each", 0.7)
+    torch.save(memory.state_dict(), tmp_path / "state")
+    other = EWC(0.0)
+    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert torch.equal(other.penalty(model), memory.penalty(model))
+    assert (other.anchors, other.decay, other.tasks, other.strength) == ("each", 0.7, 4, 2.5)
+    memory.consolidate(model, data(9))
+    other.consolidate(model, data(9))
+    move(model)
+    assert torch.equal(other.penalty(model), memory.penalty(model))
+
+
+def test_save_is_atomic(tmp_path, monkeypatch):
+    memory = consolidated()
+    path = tmp_path / "memory.pt"
+    memory.save(path)
+    assert torch.equal(EWC.load(path).fisher["0.weight"], memory.fisher["0.weight"])
+    memory.consolidate(network(), data(1))
+
+    def half(state, file):
+        file.write(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        memory.save(path)
+    assert EWC.load(path).tasks == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["memory.pt"]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        consolidated_before = list(tmp_path.iterdir())
+        EWC(1.0).save(tmp_path / "memory.pt")
+        assert consolidated_before == []
+        assert len(list(tmp_path.iterdir())) == (rank == 0)
+
+
+def test_damaged_or_foreign_checkpoints(tmp_path):
+    memory = consolidated()
+    path = tmp_path / "memory.pt"
+    memory.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        EWC.load(path)
+    torch.save(network().state_dict(), path)
+    with pytest.raises(ValueError, match="not the state of an EWC memory"):
+        EWC.load(path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="not the state of an EWC memory"):
+        EWC.load(path)
+    torch.save(network(), path)  # a pickled module is refused
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        EWC.load(path)
+    with pytest.raises(FileNotFoundError):
+        EWC.load(tmp_path / "nothing")
+    damaged = memory.state_dict()
+    del damaged["theta_star"]["0.bias"]
+    before = memory.state_dict()
+    with pytest.raises(ValueError, match="differ in names or shapes"):
+        memory.load_state_dict(damaged)
+    assert memory.state_dict().keys() == before.keys() and "0.bias" in memory.theta_star
+
+
+def test_loading_copies():
+    memory = consolidated()
+    state = memory.state_dict()
+    other = EWC(1.0)
+    other.load_state_dict(state)
+    state["fisher"]["0.weight"].zero_()
+    assert float(other.fisher["0.weight"].sum()) > 0
+
+
+def test_to_moves_and_casts():
+    memory = consolidated()
+    assert memory.to(torch.float32) is memory
+    assert {t.dtype for t in (*memory.fisher.values(), *memory.theta_star.values())} == {torch.float32}
+    model = move(network().float())
+    assert memory.penalty(model).dtype == torch.float32
+    memory.pull(model, 0.1)
+    memory.to("meta")
+    with pytest.raises(ValueError, match=r"memory\.to\(cpu\)"):
+        memory.penalty(model)
+
+
+def test_half_precision_weights_keep_a_float32_fisher():
+    model = network(dtype=torch.bfloat16)
+    memory = EWC(3.0)
+    memory.consolidate(model, data(dtype=torch.bfloat16))
+    assert memory.fisher["0.weight"].dtype == torch.float32
+    exact = EWC(3.0)
+    exact.consolidate(copy.deepcopy(model).double(), fisher={n: f.double() for n, f in memory.fisher.items()})
+    move(model)
+    twin = copy.deepcopy(model).double()
+    assert float(memory.penalty(model).detach()) == pytest.approx(float(exact.penalty(twin).detach()), rel=2e-2)
+    memory.penalty(model).backward()
+    first = gradients(model)
+    model.zero_grad()
+    memory.add_gradient(model)
+    exact.add_gradient(twin)
+    for name, g in gradients(model).items():
+        assert g.dtype == torch.bfloat16
+        assert torch.allclose(g, first[name], rtol=2e-2, atol=1e-6)
+        assert torch.allclose(g.double(), dict(twin.named_parameters())[name].grad, rtol=2e-2, atol=1e-4)
+    memory.pull(model, 0.5)
+    exact.pull(twin, 0.5)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert p.dtype == torch.bfloat16 and torch.allclose(p.double(), q, rtol=2e-2, atol=1e-2)
+
+
+def test_wrapped_models_are_the_same_model():
+    model = network()
+    memory = EWC(1.0)
+    memory.consolidate(nn.DataParallel(model), data())
+    move(model)
+    assert torch.equal(memory.penalty(nn.DataParallel(model)), memory.penalty(model))
+    memory.add_gradient(nn.DataParallel(model))
+    memory.pull(nn.DataParallel(model), 0.1)
+    assert list(memory.fisher) == [n for n, _ in model.named_parameters()]
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf, -math.inf])
+def test_strength_must_be_finite_and_not_negative(strength):
+    with pytest.raises(ValueError, match="strength"):
+        EWC(strength)
+    memory = consolidated(2.0)
+    with pytest.raises(ValueError, match="strength"):
+        memory.strength = strength
+    assert memory.strength == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "true"}, "'exact', 'sampled'"), ({"anchors": "first"}, '"latest" or "each"'),
+        ({"decay": 1.1}, "from 0 to 1"), ({"decay": -0.1}, "from 0 to 1"), ({"decay": math.nan}, "from 0 to 1"),
+    ],
+)
+def test_unknown_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        EWC(1.0, **options)
+
+
+@pytest.mark.parametrize("step", [-0.1, math.nan, math.inf])
+def test_step_must_be_finite_and_not_negative(step):
+    with pytest.raises(ValueError, match="learning rate"):
+        consolidated().pull(network(), step)
+
+
+def test_steps_must_cover_every_parameter():
+    with pytest.raises(ValueError, match="'2.weight'"):
+        consolidated().pull(network(), {"0.weight": 0.1, "0.bias": 0.1, "2.bias": 0.1})
+
+
+def call_all(memory, model):
+    return [
+        lambda: memory.penalty(model), lambda: memory.add_gradient(model), lambda: memory.pull(model, 0.1),
+        lambda: memory.consolidate(model, data()),
+    ]
+
+
+def test_a_model_that_does_not_match_is_named_and_nothing_is_lost():
+    memory = consolidated()
+    before = copy.deepcopy(memory.state_dict())
+    wider = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    shorter = nn.Sequential(nn.Linear(4, 6), nn.Tanh()).double()
+    for call in call_all(memory, wider):
+        with pytest.raises(ValueError, match=r"'0.weight'.*\(7, 4\).*\(6, 4\)"):
+            call()
+    for call in call_all(memory, shorter):
+        with pytest.raises(ValueError, match=r"'2.weight'.*\(3, 6\).*the model has 0.weight, 0.bias"):
+            call()
+    after = memory.state_dict()
+    assert after["tasks"] == before["tasks"]
+    for part in ("fisher", "theta_star"):
+        assert all(torch.equal(after[part][n], t) for n, t in before[part].items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: {**f, "spare": f["0.bias"]}, "'spare'"),
+        (lambda f: {**f, "0.bias": f["0.bias"][:2]}, r"\(2,\), the parameter \(6,\)"),
+        (lambda f: {**f, "0.bias": -f["0.bias"]}, "not negative"),
+        (lambda f: {**f, "0.bias": f["0.bias"] * math.nan}, "finite"),
+    ],
+)
+def test_a_fisher_that_does_not_fit(change, message):
+    model, memory = network(), EWC(1.0)
+    with pytest.raises(ValueError, match=message):
+        memory.consolidate(model, fisher=change(fisher.diagonal(model, data())))
+    assert memory.tasks == 0 and not memory.fisher
+
+
+def test_consolidate_needs_data_or_a_fisher():
+    model, memory = network(), EWC(1.0)
+    for arguments in ({}, {"data": data(), "fisher": fisher.diagonal(model, data())}):
+        with pytest.raises(ValueError, match="either the task's data or its Fisher"):
+            memory.consolidate(model, **arguments)
+    with pytest.raises(ValueError, match="no example"):
+        memory.consolidate(model, (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)))
+    assert memory.tasks == 0
