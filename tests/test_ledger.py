@@ -22,7 +22,10 @@ import functools
 
 
 class Sum:
-    """A sum."""
+    """A sum.
+
+    Implements: eq-square
+    """
 
     @functools.cache
     def square(self, x):
@@ -177,7 +180,7 @@ def test_the_code_of_an_equation_is_found_without_importing_it(tmp_path):
     found = ledger.implementations(tmp_path)
     assert set(found) == {"eq-square", "eq-other"}
     (code,) = found["eq-square"]
-    assert (code.name, code.file, code.first, code.last) == ("ewc.sums.Sum.square", "ewc/sums.py", 9, 15)
+    assert (code.name, code.file, code.first, code.last) == ("ewc.sums.Sum.square", "ewc/sums.py", 12, 18)
     assert code.source.startswith("@functools.cache\ndef square") and code.source.endswith("** 2")
 
 
@@ -188,8 +191,8 @@ def test_an_equation_unfolds_its_code(build):
     assert book.status == 0, book.messages
     assert book.ledger[0]["code"] == ["ewc.sums.Sum.square"]
     fold = book.html().partition('<details class="equation-code">')[2].partition("</details>")[0]
-    assert 'href="https://github.com/a/b/blob/main/ewc/sums.py#L9-L15"' in fold
-    assert '<span class="linenos"> 9</span>' in fold and "functools" in fold
+    assert 'href="https://github.com/a/b/blob/main/ewc/sums.py#L12-L18"' in fold
+    assert '<span class="linenos">12</span>' in fold and "functools" in fold
 
 
 def test_code_that_implements_no_equation_fails_the_build_when_required(build):

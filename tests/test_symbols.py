@@ -223,6 +223,7 @@ def test_a_symbol_that_no_page_uses_fails_the_build_when_required(build):
 MATHJAX = """
 mathjax_path = "mathjax/tex-chtml.js"
 mathjax3_config = {"loader": {"load": ["[tex]/html"]},
+                   "options": {"menuOptions": {"settings": {"inTabOrder": False}}},
                    "tex": {"packages": {"[+]": ["html"], "[-]": ["noundefined"]}}}
 """
 
@@ -304,7 +305,7 @@ def test_symbols_light_up_both_ways_by_mouse_keyboard_and_touch(page):
 
 @pytest.mark.browser
 def test_the_arrow_keys_walk_through_a_formula(page):
-    page.focus("div.math mjx-container")
+    page.focus("div.math")
     walk = []
     for _ in range(4):
         page.keyboard.press("ArrowRight")
@@ -312,6 +313,8 @@ def test_the_arrow_keys_walk_through_a_formula(page):
     assert walk == ["fisher", "theta", "theta-star", "fisher"]
     page.keyboard.press("ArrowLeft")
     assert lit(page)[0] == ["theta-star"]
+    stops = "main [tabindex='0'], .body [tabindex='0']"
+    assert page.locator(stops).count() == 1, "the display formula, and no formula in the text or in a button"
 
 
 @pytest.mark.browser

@@ -185,6 +185,8 @@ def implementations(root: Path) -> dict[str, list[Code]]:
                 source = dedent("\n".join(lines[first - 1 : last]))
                 code = Code(name, path.relative_to(root).as_posix(), first, last, source)
                 found.setdefault(label, []).append(code)
+    for label, codes in found.items():  # a method says more than the class around it
+        found[label] = [c for c in codes if not any(o.name.startswith(f"{c.name}.") for o in codes)]
     return found
 
 

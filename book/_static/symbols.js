@@ -38,10 +38,11 @@
     tip.replaceChildren(strong, `: ${meaning}`, facts);
     tip.hidden = false;
     const box = element.getBoundingClientRect();
-    const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
+    const left = Math.max(8, Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8));
     const above = box.top - tip.offsetHeight - 8;
-    tip.style.left = `${Math.max(8, left)}px`;
-    tip.style.top = `${above > 60 ? above : box.bottom + 8}px`;
+    const top = above > 60 ? above : box.bottom + 8; // 60: the page's header
+    tip.style.left = `${left + scrollX}px`;
+    tip.style.top = `${top + scrollY}px`;
   }
 
   function hide() {
@@ -60,14 +61,18 @@
   document.addEventListener("click", follow); // a tap
   document.addEventListener("focusin", event => { if (event.target.matches("button.symbol")) show(event.target); });
   document.addEventListener("focusout", hide);
-  document.addEventListener("scroll", hide, { passive: true });
 
-  // A formula is one stop of the Tab key; inside it the arrow keys go from symbol to symbol.
+  // A display formula is one stop of the Tab key; inside it the arrow keys go from symbol to symbol.
+  for (const formula of document.querySelectorAll("div.math")) {
+    formula.tabIndex = 0;
+    formula.setAttribute("role", "group");
+    formula.setAttribute("aria-label", "Formula; the arrow keys go from symbol to symbol");
+  }
   let at = -1;
   document.addEventListener("keydown", event => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (event.key === "Escape") { hide(); at = -1; }
-    const formula = document.activeElement?.closest("mjx-container");
+    const formula = document.activeElement?.closest("div.math");
     if (!step || !formula) return;
     const inside = [...formula.querySelectorAll(".sym")].filter(e => !e.closest("mjx-assistive-mml") && symbolAt(e));
     if (!inside.length) return;
