@@ -171,6 +171,8 @@ def residual(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor
 
     Raises:
         ValueError: the matrix would be larger than 2 GiB, the data is empty or a label out of range.
+
+    Implements: eq-hessian-split
     """
     theta, logits_of, x, y = _prepare(model, data)
     with evaluating(model):

@@ -186,6 +186,19 @@ def test_data_dtype_batches_and_model_are_respected():
     close(half["0"].A, whole["0"].A.float(), rtol=0.05)
 
 
+def test_sums_and_counts_are_reduced_over_processes(monkeypatch):
+    """With two processes that hold the same shard all sums double, and so must the counts."""
+    model, data = build("sequence")
+    alone, reduced = kfac.factors(model, data), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: reduced.append(total.mul_(2)))
+    together = kfac.factors(model, data)
+    assert len(reduced) == 5  # the counts, and two factors of two layers
+    for name in alone:
+        close(together[name].A, alone[name].A)
+        close(together[name].G, alone[name].G)
+
+
 def consolidated(kind="mlp", tasks=1, strength=2.5, **options):
     """A memory after some tasks, and the model moved away from the anchor."""
     memory = KFAC(strength, **options)
@@ -242,14 +255,14 @@ def test_the_anchor_is_the_newest_optimum():
 
 
 def steps(model, kind):
-    if kind == "number":
-        return 0.3
+    if kind != "each":
+        return {"short": 0.3, "long": 3000.0}[kind]
     generator = torch.Generator().manual_seed(9)
     return {n: torch.rand(p.shape, dtype=F64, generator=generator) for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("strength", [0.01, 2.5, 1e6])
-@pytest.mark.parametrize("step", ["number", "each"])
+@pytest.mark.parametrize("step", ["short", "long", "each"])
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_pull_minimises_the_proximal_objective(tasks, step, strength):
     memory, model = consolidated(tasks=tasks, strength=strength)
@@ -261,7 +274,7 @@ def test_pull_minimises_the_proximal_objective(tasks, step, strength):
     # stationary: (θ' - θ) / s + λ Σ GΔA = 0
     for p, g in zip(model.parameters(), torch.autograd.grad(memory.penalty(model), list(model.parameters()))):
         name = next(n for n, q in model.named_parameters() if q is p)
-        size = s if step == "number" else s[name]
+        size = s[name] if step == "each" else s
         moved, wanted = p.detach() - before[name], -size * g
         torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-4 * float(moved.norm()))
         assert moved.norm() > 0
