@@ -195,6 +195,20 @@ def test_an_equation_unfolds_its_code(build):
     assert '<span class="linenos">12</span>' in fold and "functools" in fold
 
 
+def test_the_api_page_links_back_to_the_equation(build):
+    book = build(
+        SQUARE.replace("eq-square", "eq-fisher-exact") + "\n{definition}`eq-fisher-exact`",
+        two=["```{eval-rst}\n.. autofunction:: ewc.fisher.diagonal\n```"],
+        extra="extensions += ['sphinx.ext.napoleon']",
+    )
+    assert book.status == 0, book.messages
+    line = re.search(r"<strong>Implements:</strong>.*?</p>", book.html("two"))[0]
+    assert 'href="one.html#equation-eq-fisher-exact"' in line and ">(1.1)</a>" in line
+    assert '<span class="pre">eq-fisher-probe</span>' in line, (
+        "an equation of a chapter to come is not a link"
+    )
+
+
 def test_code_that_implements_no_equation_fails_the_build_when_required(build):
     files = {"ewc/sums.py": CODE}
     assert build(SQUARE, check_square, files=files, options=["-W"]).status == 0
