@@ -2,7 +2,7 @@ r"""EWC's relatives: the same quadratic penalty, with another answer to how much
 
 All of them are :math:`\tfrac\lambda2 \sum_i \omega_i (\theta_i - \theta^*_i)^2`, stored, differentiated and
 pulled by the code of :class:`ewc.elastic.EWC`, with the importances ω in the place of the Fisher (attribute
-``fisher``) and the newest optimum as the anchor. They differ in :meth:`consolidate`, where the importances
+``fisher``) and the newest optimum as the anchor. They differ in `consolidate`, where the importances
 come from.
 """
 
@@ -87,7 +87,7 @@ class SynapticIntelligence(_Relative):
         memory.pull(model, lr)
 
     The whole move from one record to the next counts, the pull's included: the sum of all w is then the fall
-    of the loss along the path really walked. :meth:`consolidate` closes the last step and forgets the path.
+    of the loss along the path really walked. `consolidate` closes the last step and forgets the path.
 
     Attributes:
         damping: ξ, which bounds ω for weights that hardly moved.
