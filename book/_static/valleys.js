@@ -67,9 +67,10 @@
   const NAMES = { none: "no penalty", l2: "L2", ewc: "EWC" };
   const number = v => v >= 100 ? v.toFixed(0) : v.toPrecision(2);
   const describe = (data, strength) => {
+    const loss = v => v < 0.0005 ? "0" : number(v);
     const cost = method => {
       const p = end(data, method, strength);
-      return `${number(excess(data.a, p))} on task A and ${number(excess(data.b, p))} on task B`;
+      return `${loss(excess(data.a, p))} on task A and ${loss(excess(data.b, p))} on task B`;
     };
     return `At \u03bb = ${number(strength)} the loss above each task's optimum ends at ${cost("none")} without a penalty, `
       + `${cost("l2")} with L2, ${cost("ewc")} with EWC.`;

@@ -1,0 +1,89 @@
+"""Every chapter's download is a notebook of standard Markdown that runs on its own."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import notebooks
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"], *(entry["file"] for part in TOC["parts"] for entry in part["chapters"])]
+EXECUTED = [page for page in PAGES if "{code-cell}" in (ROOT / f"{page}.md").read_text()]
+MYST = re.compile(r"^\s*(?:`{3,}|:{3,})\{|\{[a-z:]+\}`|\]\([\w-]+\.md\)|^\([\w-]+\)=$|\\class\{", flags=re.MULTILINE)
+
+
+def download(site: Path, page: str) -> nbformat.NotebookNode:
+    return nbformat.read(site / "_sources" / f"{page}.ipynb", as_version=4)
+
+
+@pytest.mark.parametrize(
+    ("marked", "plain"),
+    [
+        (r"x", "x"),
+        (r"\class{sym sym-theta}{\theta}_i", r"\theta _i"),
+        (r"a\class{sym sym-theta}{\theta}b", r"a\theta b"),
+        (r"\frac{\class{sym sym-x}{x}}{2}", r"\frac{x}{2}"),
+        (r"\class{sym sym-bar}{\bar{L}}(\class{s}{x})", r"\bar{L}(x)"),
+        (r"\class{sym a}{F_{\class{sym b}{i}}}", r"F_{i}"),
+    ],
+)
+def test_marks_of_symbols_leave_the_formulas(marked, plain):
+    assert notebooks.plain_latex(marked) == plain
+
+
+def test_a_figure_goes_out_as_png():
+    output = nbformat.v4.new_output("display_data", data={"text/html": "<svg/>", "image/png": "AAAA", "text/plain": "x"})
+    assert set(notebooks.portable(output)["data"]) == {"image/png", "text/plain"}
+
+
+def test_glue_is_not_needed_outside_the_book(monkeypatch):
+    monkeypatch.setitem(sys.modules, "myst_nb", None)  # as if it were not installed
+    exec(notebooks.GLUE, {})
+    from myst_nb import glue
+
+    assert glue("name", 1.0, display=False) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", EXECUTED)
+def test_the_text_is_standard_markdown(site, page):
+    notebook = download(site, page)
+    nbformat.validate(notebook)
+    first, *rest = notebook.cells
+    assert "pip install" in first.source and "import ewc" in first.source
+    texts = [cell.source for cell in rest if cell.cell_type == "markdown"]
+    assert texts[0].startswith("# ")
+    for text in texts:
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+        assert not MYST.search(text), MYST.search(text)
+        assert prose.count("$$") % 2 == 0
+        assert len(re.findall(r"\\tag\{", prose)) <= prose.count("$$") // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", EXECUTED)
+def test_every_cell_and_output_of_the_chapter_is_there(site, page):
+    source = (ROOT / f"{page}.md").read_text()
+    cells = [cell for cell in download(site, page).cells if cell.cell_type == "code"][1:]
+    assert len(cells) == len(re.findall(r"^`{3,}\{code-cell\}", source, flags=re.MULTILINE))
+    assert any(cell.outputs for cell in cells)
+    figures = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})]
+    assert all("text/html" not in figure["data"] for figure in figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", EXECUTED)
+def test_the_notebook_runs_on_its_own(site, page, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # stands in for the set-up cell's installation
+    monkeypatch.setenv("EWC_DATASET", "embedded")
+    monkeypatch.setenv("EWC_SCALE", "quick")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = download(site, page)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert not (set(os.listdir(tmp_path)) - {"ipython"}), "a chapter leaves files behind"
