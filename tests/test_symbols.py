@@ -305,7 +305,7 @@ def test_symbols_light_up_both_ways_by_mouse_keyboard_and_touch(page):
 
 @pytest.mark.browser
 def test_the_arrow_keys_walk_through_a_formula(page):
-    page.focus("div.math")
+    page.focus("div.math mjx-container")
     walk = []
     for _ in range(4):
         page.keyboard.press("ArrowRight")

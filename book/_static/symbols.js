@@ -1,6 +1,20 @@
 // Symbols light up in the formulas and in the code together, and say what they are.
 // The page carries the data as JSON; formulas carry `sym sym-NAME` classes, set when the book is built.
 (() => {
+  // A display formula is one stop of the Tab key, whenever MathJax (re)places it: on a phone it may have to be scrolled.
+  const stop = box => {
+    for (const formula of box.querySelectorAll("mjx-container")) {
+      formula.tabIndex = 0;
+      formula.setAttribute("role", "group");
+      formula.setAttribute("aria-label", "Formula");
+    }
+  };
+  const placed = new MutationObserver(records => records.forEach(record => stop(record.target)));
+  for (const box of document.querySelectorAll("div.math")) {
+    placed.observe(box, { childList: true });
+    stop(box);
+  }
+
   const holder = document.getElementById("symbols-data");
   if (!holder) return;
   const { symbols, codes } = JSON.parse(holder.textContent);
@@ -62,17 +76,12 @@
   document.addEventListener("focusin", event => { if (event.target.matches("button.symbol")) show(event.target); });
   document.addEventListener("focusout", hide);
 
-  // A display formula is one stop of the Tab key; inside it the arrow keys go from symbol to symbol.
-  for (const formula of document.querySelectorAll("div.math")) {
-    formula.tabIndex = 0;
-    formula.setAttribute("role", "group");
-    formula.setAttribute("aria-label", "Formula; the arrow keys go from symbol to symbol");
-  }
+  // Inside a display formula the arrow keys go from symbol to symbol.
   let at = -1;
   document.addEventListener("keydown", event => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (event.key === "Escape") { hide(); at = -1; }
-    const formula = document.activeElement?.closest("div.math");
+    const formula = document.activeElement?.closest("mjx-container");
     if (!step || !formula) return;
     const inside = [...formula.querySelectorAll(".sym")].filter(e => !e.closest("mjx-assistive-mml") && symbolAt(e));
     if (!inside.length) return;
