@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
+from . import curvature
 from .metrics import accuracy
 from .tasks import Task
 
@@ -160,15 +161,19 @@ def sweep(
     if not runs or len(seeds) != runs or len(memories) != runs:
         raise ValueError(f"sweep needs one seed and one memory (or None) per model, but got {runs} models, "
                          f"{len(seeds)} seeds and {len(memories)} memories.")
+    if any(hasattr(m, "record") or (m is not None and not hasattr(m, "fisher")) for m in memories):
+        raise ValueError("sweep stacks quadratic memories such as EWC and L2; train this one with fit.")
     x, y = task.train.tensors
     base = models[0]
+    places = {place: name for place, (name, _) in curvature.places(base).items()}
     stacked, buffers = stack_module_state(list(models))
     trained = {k: p for k, p in stacked.items() if dict(base.named_parameters())[k].requires_grad}
     shared = len(set(seeds)) == 1
 
     def logits(inputs: Tensor, in_dim: int | None) -> Tensor:
         def one(parameters, extra, batch):
-            return functional_call(base, (parameters, extra), (batch,))
+            values = {place: parameters[name] for place, name in places.items()} | extra
+            return functional_call(base, values, (batch,), tie_weights=False)
         return vmap(one, in_dims=(0, 0, in_dim), randomness="different")(stacked, buffers, inputs)
 
     def loss_of(batch: Tensor) -> Tensor:
@@ -326,8 +331,10 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
             opt.zero_grad(set_to_none=True)
             loss = loss_of(batch)
             loss.sum().backward()
-            if memory is not None and penalty == "gradient":
-                memory.add_gradient()
+            if memory is not None:
+                memory.record()
+                if penalty == "gradient":
+                    memory.add_gradient()
             opt.step()
             if memory is not None and penalty == "pull":
                 memory.pull(_step_sizes(opt, parameters))
@@ -370,6 +377,11 @@ class _Single:
     def __init__(self, model: nn.Module, memory) -> None:
         self.model, self.memory = model, memory
 
+    def record(self) -> None:
+        """Synaptic intelligence watches the task's own gradient along the way; other memories do not."""
+        if hasattr(self.memory, "record"):
+            self.memory.record(self.model)
+
     def add_gradient(self) -> None:
         self.memory.add_gradient(self.model)
 
@@ -390,6 +402,9 @@ class _Stacked:
                     weight[r] = memory.strength * memory.fisher[name]
                     anchor[r] = memory.theta_star[name]
             self.weight[name], self.anchor[name] = weight, anchor
+
+    def record(self) -> None:
+        """Quadratic memories only: nothing watches the way."""
 
     def add_gradient(self) -> None:
         for name, p in self.parameters.items():

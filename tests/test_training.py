@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ewc import EWC, models, tasks, training
+from ewc import EWC, kfac, models, relatives, tasks, training
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,38 @@ def test_run_refuses_a_foreign_or_broken_checkpoint(digits, letters, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         training.run(net(digits), [digits], checkpoint=file, epochs=1)
+
+
+def test_synaptic_intelligence_watches_the_way(digits, letters):
+    model, memory = net(digits), relatives.SynapticIntelligence(strength=1.0)
+    training.fit(model, digits, epochs=3, memory=memory)
+    memory.consolidate(model, digits.train)
+    assert sum(f.sum() for f in memory.fisher.values()) > 0
+    assert memory.penalty(model) == 0
+    training.fit(model, letters, epochs=1, memory=memory)
+    assert memory.penalty(model) > 0
+
+
+def test_sweep_refuses_what_it_cannot_stack(digits):
+    for memory in (relatives.SynapticIntelligence(strength=1.0), kfac.KFAC(strength=1.0)):
+        with pytest.raises(ValueError, match="train this one with fit"):
+            training.sweep([net(digits)], digits, seeds=[0], memories=[memory])
+
+
+def test_sweep_with_a_module_at_two_places(digits):
+    def twice(seed):
+        torch.manual_seed(seed)
+        middle = nn.Linear(16, 16)
+        return nn.Sequential(nn.Flatten(), nn.Linear(digits.features, 16), middle, nn.ReLU(), middle, nn.ReLU(), nn.Linear(16, 10))
+
+    together = [twice(r) for r in range(2)]
+    alone = [copy.deepcopy(m) for m in together]
+    training.sweep(together, digits, seeds=[0, 1], epochs=2)
+    for r in range(2):
+        training.fit(alone[r], digits, seed=r, epochs=2)
+        torch.testing.assert_close(flat(together[r]), flat(alone[r]), rtol=1e-4, atol=1e-6)
+        assert together[r][2] is together[r][4] and together[r][2].weight.is_leaf
+        assert isinstance(together[r][4].weight, nn.Parameter)
 
 
 def test_bad_options_say_what_is_allowed(digits):
