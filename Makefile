@@ -11,8 +11,12 @@ book: $(READY)
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is in _build/html: open _build/html/book/intro.html, or run 'make serve'."
 
-test: $(READY)
+test: $(READY) node_modules/axe-core
 	$(BIN)/python -m pytest
+
+# The accessibility checker of the browser tests; they are skipped, and say so, where there is no npm.
+node_modules/axe-core:
+	@if command -v npm > /dev/null; then npm install --silent --no-save --no-package-lock --no-audit --no-fund axe-core@4.14.1; fi
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=book
