@@ -148,22 +148,22 @@ def own(estimator: str, **options) -> Callable:
     return lambda model, x, y: fisher.diagonal(model, (x, y), estimator, **options)
 
 
-# name -> (quantity, how to make the method, its share of the images)
-METHODS: dict[str, tuple[str, Callable[[], Callable], int]] = {
-    "ewc": ("empirical", lambda: own("empirical"), 1),
-    "ewc ": ("sampled", lambda: own("sampled"), 1),
-    "ewc  ": ("probe", lambda: own("probe"), 1),
-    "ewc   ": ("exact", lambda: own("exact"), 1),
-    "ewc, tolerance 1e-2": ("exact", lambda: own("exact", tolerance=1e-2), 1),
-    "loop, batch size 1": ("empirical", lambda: one_at_a_time(False), SLOW),
-    "loop, every class": ("exact", lambda: one_at_a_time(True), 5 * SLOW),
-    "torch.func vmap(grad)": ("empirical", lambda: torch_func, 1),
-    "BackPACK SumGradSquared": ("empirical", lambda: backpack("SumGradSquared"), 1),
-    "BackPACK DiagGGNMC": ("sampled", lambda: backpack("DiagGGNMC"), 1),
-    "BackPACK DiagGGNExact": ("exact", lambda: backpack("DiagGGNExact"), 1),
-    "NNGeometry PMatDiag": ("exact", nngeometry, 1),
-    "laplace-torch BackPackGGN": ("exact", laplace, 1),
-}
+# (method, quantity, how to make it, run it on one image in so many)
+METHODS: list[tuple[str, str, Callable[[], Callable], int]] = [
+    ("ewc", "empirical", lambda: own("empirical"), 1),
+    ("ewc", "sampled", lambda: own("sampled"), 1),
+    ("ewc", "probe", lambda: own("probe"), 1),
+    ("ewc", "exact", lambda: own("exact"), 1),
+    ("ewc, tolerance 1e-2", "exact", lambda: own("exact", tolerance=1e-2), 1),
+    ("loop, batch size 1", "empirical", lambda: one_at_a_time(False), SLOW),
+    ("loop, every class", "exact", lambda: one_at_a_time(True), 5 * SLOW),
+    ("torch.func vmap(grad)", "empirical", lambda: torch_func, 1),
+    ("BackPACK SumGradSquared", "empirical", lambda: backpack("SumGradSquared"), 1),
+    ("BackPACK DiagGGNMC", "sampled", lambda: backpack("DiagGGNMC"), 1),
+    ("BackPACK DiagGGNExact", "exact", lambda: backpack("DiagGGNExact"), 1),
+    ("NNGeometry PMatDiag", "exact", nngeometry, 1),
+    ("laplace-torch BackPackGGN", "exact", laplace, 1),
+]
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
@@ -200,71 +200,64 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
 
 def measure(
     networks: Sequence[str] = tuple(NETWORKS),
-    methods: Sequence[str] = tuple(METHODS),
+    methods: str = "",
     images: int = 2000,
     rounds: int = 7,
     epochs: int = 10,
     data: str | None = None,
-    device: torch.device | None = None,
 ) -> list[dict]:
-    """Times methods on networks trained for ``epochs``.
+    """Times methods on networks trained for ``epochs``, on the book's device.
 
     Args:
         networks: keys of `NETWORKS`.
-        methods: keys of `METHODS`; those that are not installed are reported as such.
+        methods: only the methods whose name contains this, such as ``"ewc"``.
         images: how many images one pass covers.
         rounds: how often each method is timed.
         epochs: passes of training over all the training images before the measurement.
         data: a data set of `tasks.load`; the first of the book's two if not given.
-        device: where to run; the book's default if not given.
 
     Returns:
-        One dictionary for each network and method: ``network``, ``method``, ``quantity``, ``ratio`` to a plain pass
-        and ``seconds`` (medians), ``error`` (None for random estimators), ``installed``.
+        One dictionary for each network and method: ``network``, ``method``, ``quantity``, ``installed``; where it is
+        installed, ``ratio`` to a plain pass and ``seconds`` (medians) and ``error`` (None for random estimators).
     """
-    device = device or tasks.device()
+    device = tasks.device()
     task = tasks.load(data, device=device) if data else tasks.pair()[0]
-    all_x, all_y = (t.to(device) for t in task.train.tensors)
-    ready, missing = {}, []
-    for name in methods:
+    all_x, all_y = task.train.tensors
+    chosen = [m for m in METHODS if methods in m[0]]
+    ready: list[Callable | None] = []
+    for _, _, make, _ in chosen:
         try:
-            ready[name] = METHODS[name][1]()
+            ready.append(make())
         except ImportError:
-            missing.append(name)
+            ready.append(None)
     rows = []
     for network in networks:
         torch.manual_seed(0)
         model = NETWORKS[network](task.shape).to(device)
         train(model, all_x, all_y, epochs)
         x, y = all_x[:images], all_y[:images]
-        shares = {name: len(x[:: METHODS[name][2]]) for name in ready}
-        times: dict[str, list[float]] = {name: [] for name in ready}
-        base = []
+        ratios: list[list[float]] = [[] for _ in chosen]
+        times: list[list[float]] = [[] for _ in chosen]
         for i in range(rounds + 1):
             reference = seconds(lambda: plain_pass(model, x, y), device)
-            for name, run in ready.items():
-                n = shares[name]
+            for (*_, part), run, own_times, own_ratios in zip(chosen, ready, times, ratios):
+                if run is None:
+                    continue
+                n = -(-len(x) // part)
                 elapsed = seconds(lambda run=run, n=n: run(model, x[:n], y[:n]), device) * len(x) / n
                 if i:  # the first round warms up
-                    times[name].append(elapsed)
-            if i:
-                base.append(reference)
-        for name in methods:
-            quantity = METHODS[name][0]
-            row = {"network": network, "method": name.strip(), "quantity": quantity, "installed": name in ready}
-            if name in ready:
-                row["seconds"] = statistics.median(times[name])
-                row["ratio"] = statistics.median(t / b for t, b in zip(times[name], base))
-                row["error"] = None
-                if quantity in ("exact", "empirical"):
-                    # The tolerance is a share of the whole trace, so its error is that of all the images.
-                    few = x if "tolerance" in name else x[:FEW]
-                    expected = (
-                        {n: f.double().cpu() for n, f in fisher.diagonal(model, (x, y)).items()}
-                        if "tolerance" in name
-                        else brute_force(model, few, y[:FEW], quantity)
-                    )
-                    row["error"] = relative_error(ready[name](model, few, y[: len(few)]), expected)
+                    own_times.append(elapsed)
+                    own_ratios.append(elapsed / reference)
+        for (method, quantity, *_), run, own_times, own_ratios in zip(chosen, ready, times, ratios):
+            row = {"network": network, "method": method, "quantity": quantity, "installed": run is not None}
+            if run is not None:
+                row |= {"seconds": statistics.median(own_times), "ratio": statistics.median(own_ratios), "error": None}
+                if "tolerance" in method:  # a share of the trace over all the images: so is its error
+                    whole = {n: f.double().cpu() for n, f in fisher.diagonal(model, (x, y)).items()}
+                    row["error"] = relative_error(run(model, x, y), whole)
+                elif quantity in ("exact", "empirical"):
+                    few = x[:FEW], y[:FEW]
+                    row["error"] = relative_error(run(model, *few), brute_force(model, *few, quantity))
             rows.append(row)
     return rows
 
@@ -291,6 +284,7 @@ def machine(device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--methods", default="", help="only those whose name contains this")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--epochs", type=int, default=10)
@@ -300,8 +294,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = measure(
-        arguments.networks, images=arguments.images, rounds=arguments.rounds, epochs=arguments.epochs,
-        data=arguments.data,
+        arguments.networks, arguments.methods, images=arguments.images, rounds=arguments.rounds,
+        epochs=arguments.epochs, data=arguments.data,
     )
     print(machine(tasks.device()))
     print(table(rows))
