@@ -227,11 +227,17 @@ class EWC:
         else:
             if not (math.isfinite(step) and step >= 0):
                 raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
-            key = (float(step), self.strength, *(id(f) for f in fisher))
+            if step == 0:
+                return
+            key = (step * self.strength, *((id(f), f._version) for f in fisher))
             if self._weights is None or self._weights[0] != key:  # a constant learning rate pays once
-                scaled = torch._foreach_mul(fisher, float(step) * self.strength)
-                torch._foreach_div_(scaled, torch._foreach_add(scaled, 1.0))
-                self._weights = key, scaled
+                weights = self._weights[1] if self._weights else [torch.empty_like(f) for f in fisher]
+                torch._foreach_copy_(weights, fisher)
+                torch._foreach_mul_(weights, step * self.strength)
+                torch._foreach_reciprocal_(weights)  # x / (1 + x) = 1 / (1 + 1 / x), in place: no new memory
+                torch._foreach_add_(weights, 1.0)
+                torch._foreach_reciprocal_(weights)
+                self._weights = key, weights
             weights = self._weights[1]
         used = [i for i, p in enumerate(parameters) if p.requires_grad]
         if used:

@@ -163,7 +163,7 @@ def test_pull_with_a_step_for_every_parameter():
 def test_pull_follows_every_change_of_step_strength_and_fisher():
     memory, model = consolidated(2.0), network()
     for change in (
-        lambda: None, lambda: setattr(memory, "strength", 7.0), lambda: memory.consolidate(model, data(1)),
+        lambda: None, lambda: setattr(memory, "strength", 7.0), lambda: memory.fisher["0.weight"].mul_(3), lambda: memory.consolidate(model, data(1)),
         lambda: memory.load_state_dict(consolidated(4.0, model=network(3)).state_dict()),
     ):
         change()
