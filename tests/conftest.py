@@ -14,7 +14,8 @@ BUILD = ROOT / "_build/test"  # apart from the reader's own build, which may be 
 @pytest.fixture(scope="session")
 def site() -> Path:
     """The folder of the strictly built site, on the embedded data at quick scale; nothing is built that is fresh."""
-    build = [sys.executable, "-m", "jupyter_book", "build", ".", "--path-output", str(BUILD), "-W", "-n", "--keep-going"]
+    jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    build = [*jupyter_book, "build", ".", "--path-output", str(BUILD), "-W", "-n", "--keep-going"]
     settings = os.environ | {"EWC_DATASET": "embedded", "EWC_SCALE": "quick"}
     run = subprocess.run(build, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
     if run.returncode:

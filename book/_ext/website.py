@@ -85,9 +85,16 @@ def check_alternatives(app: Sphinx, doctree: nodes.document, page: str) -> None:
             )
 
 
-def add_explorables(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
-    """Load the script of an interactive figure on the pages that have one."""
-    for kind in sorted(set(re.findall(r'<div class="explorable (\w+)">', context.get("body", "")))):
+def accessible(body: str) -> str:
+    """Mend what MyST-NB writes: a label that hides the visible words, and formulas that only a mouse can scroll."""
+    body = body.replace(' aria-label="Toggle hidden content"', "")
+    return body.replace('<div class="output text_latex', '<div tabindex="0" class="output text_latex')
+
+
+def finish_page(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    """Mend the page's HTML and load the script of an interactive figure where there is one."""
+    context["body"] = body = accessible(context.get("body", ""))
+    for kind in sorted(set(re.findall(r'<div class="explorable (\w+)">', body))):
         app.add_js_file(f"{kind}.js", loading_method="defer")
 
 
@@ -102,6 +109,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_css_file("book.css", priority=900)
     CodeBlockAnalyser.depart_section = leave_section
     app.connect("doctree-resolved", check_alternatives)
-    app.connect("html-page-context", add_explorables)
+    app.connect("html-page-context", finish_page)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
