@@ -26,7 +26,7 @@ def download(site: Path, page: str) -> nbformat.NotebookNode:
     ("marked", "plain"),
     [
         (r"x", "x"),
-        (r"\class{sym sym-theta}{\theta}_i", r"\theta _i"),
+        (r"\class{sym sym-theta}{\theta}_i", r"\theta_i"),
         (r"a\class{sym sym-theta}{\theta}b", r"a\theta b"),
         (r"\frac{\class{sym sym-x}{x}}{2}", r"\frac{x}{2}"),
         (r"\class{sym sym-bar}{\bar{L}}(\class{s}{x})", r"\bar{L}(x)"),

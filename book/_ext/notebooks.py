@@ -46,8 +46,8 @@ def plain_latex(latex: str) -> str:
             depth += {"{": 1, "}": -1}.get(latex[end], 0) if latex[end - 1] != "\\" else 0
             end += 1
         inner = latex[body + 1 : end - 1]
-        # \class{..}{x}_i binds like x_i; a command keeps the space that ended it
-        latex = latex[:start] + (f"{{{inner}}}" if " " in inner.strip() else inner + " " * inner[-1:].isalpha()) + latex[end:]
+        gap = " " if re.search(r"\\[A-Za-z]+$", inner) and latex[end : end + 1].isalpha() else ""  # \theta x, not \thetax
+        latex = latex[:start] + inner + gap + latex[end:]
     return latex
 
 
@@ -301,7 +301,9 @@ def convert(app: Sphinx, page: str, doctree: nodes.document) -> nbformat.Noteboo
 
 def write_download(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
     """Put the notebook where the download button looks for it, and point Colab and Binder at the published one."""
-    notebook = convert(app, page, doctree) if doctree is not None and "header_buttons" in context else None
+    if app.builder.name != "html" or doctree is None or "header_buttons" not in context:
+        return  # not a chapter of the site
+    notebook = convert(app, page, doctree)
     if notebook is None:
         return
     file = Path(app.outdir) / "_sources" / f"{page}.ipynb"
