@@ -104,9 +104,17 @@ def leave_section(self: CodeBlockAnalyser, node: nodes.section) -> None:
         self.title_stack.pop()
 
 
+def share_handlers(app: Sphinx) -> None:
+    """Let the one-page builder write every node that the site's builder can, not only those that name it."""
+    handlers = app.registry.translation_handlers
+    if "singlehtml" in handlers:
+        handlers["singlehtml"] = handlers["html"] | handlers["singlehtml"]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_css_file("icons.css", priority=890)
     app.add_css_file("book.css", priority=900)
+    app.connect("builder-inited", share_handlers)
     CodeBlockAnalyser.depart_section = leave_section
     app.connect("doctree-resolved", check_alternatives)
     app.connect("html-page-context", finish_page)
