@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
 from . import curvature
 from .metrics import accuracy
@@ -263,7 +264,7 @@ def run(
             fit(model, task, memory=memory, seed=seed + i, **options)
         for r, (net, keep) in enumerate(zip(models, memories)):
             if keep is not None:
-                keep.consolidate(net, task.train)
+                keep.consolidate(net, _share(task.train))
             for j, other in enumerate(tasks):
                 matrix[r, i, j] = accuracy(net, other)
         if checkpoint is not None:
@@ -435,6 +436,13 @@ def _choose(what: str, value, allowed: tuple) -> None:
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _share(data: TensorDataset) -> TensorDataset:
+    """This process's part of the data; the memories add up over processes."""
+    if not _distributed():
+        return data
+    return TensorDataset(*(t[dist.get_rank()::dist.get_world_size()] for t in data.tensors))
 
 
 def _save(path: Path, names, done: int, models, memories, matrix: Tensor) -> None:

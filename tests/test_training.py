@@ -1,6 +1,7 @@
 """Training: `fit` against a plain loop, `sweep` against `fit`, `run` against itself after a kill."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -218,6 +219,32 @@ def test_sweep_with_a_module_at_two_places(digits):
         torch.testing.assert_close(flat(together[r]), flat(alone[r]), rtol=1e-4, atol=1e-6)
         assert together[r][2] is together[r][4] and together[r][2].weight.is_leaf
         assert isinstance(together[r][4].weight, nn.Parameter)
+
+
+def _two_tasks(rank, world, folder):
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    first = tasks.load("digits").take(301, 100)  # 301: no batch and no share comes out even
+    model, memory = net(first).double(), EWC(strength=30.0)
+    pair = [replace(t, **{part: torch.utils.data.TensorDataset(getattr(t, part).tensors[0].double(), getattr(t, part).tensors[1])
+                                for part in ("train", "test")}) for t in (first, tasks.permuted(first, 1))]
+    matrix = training.run(model, pair, memory, epochs=2, lr=0.05, checkpoint=f"{folder}/run-{world}.pt")
+    torch.save({"matrix": matrix, "weights": flat(model), **memory.fisher}, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    _two_tasks(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(_two_tasks, (2, str(tmp_path)), nprocs=2)
+    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for other in two:
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-12)
+    assert (tmp_path / "run-2.pt").exists()
 
 
 def test_bad_options_say_what_is_allowed(digits):
