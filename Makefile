@@ -7,7 +7,6 @@ READY  := .venv/.ready
 .PHONY: book test lab serve pdf lint clean
 
 book: $(READY)
-	$(BIN)/jupyter-book clean . > /dev/null
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is in _build/html: open _build/html/book/intro.html, or run 'make serve'."
 
@@ -16,7 +15,7 @@ test: $(READY) node_modules/axe-core
 
 # The accessibility checker of the browser tests; they are skipped, and say so, where there is no npm.
 node_modules/axe-core:
-	@if command -v npm > /dev/null; then npm install --silent --no-save --no-package-lock --no-audit --no-fund axe-core@4.14.1; fi
+	@if command -v npm > /dev/null; then npm install --silent --no-save --no-package-lock --no-audit --no-fund --prefix . axe-core@4.14.1; fi
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=book
@@ -25,6 +24,9 @@ serve:
 	@test -f _build/html/index.html || { echo "There is no book yet: run 'make book' first."; exit 1; }
 	@echo "http://localhost:$(PORT)/book/intro.html"
 	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+pdf: $(READY)
+	$(BIN)/python book/_ext/pdf.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

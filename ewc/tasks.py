@@ -29,20 +29,16 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import TensorDataset
-from torchvision import datasets
-from torchvision.transforms.functional import InterpolationMode, rotate
 
 TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST", "digits": "digits", "letters": "letters"}
 
-# name -> torchvision's class, which knows the mirrors, and the MD5 sums of the four uncompressed files.
+# name -> the name of torchvision's class, which knows the mirrors, and the MD5 sums of the four uncompressed files.
 REAL = {
     "mnist": (
-        datasets.MNIST,
+        "MNIST",
         {
             "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -51,13 +47,21 @@ REAL = {
         },
     ),
     "fashion": (
-        datasets.FashionMNIST,
+        "FashionMNIST",
         {
             "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
             "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
             "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
             "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
         },
+    ),
+}
+
+LABELS = {
+    "mnist": tuple("0123456789"),
+    "fashion": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     ),
 }
 
@@ -186,8 +190,12 @@ def load(name: str, device: torch.device | str | None = None) -> Task:
         RuntimeError: a file on disk is truncated or corrupt.
     """
     if name in REAL:
-        arrays, labels = _read_real(name), _real_labels(name)
+        arrays, labels = _read_real(name), LABELS[name]
     elif name == "digits":
+        # Imported here: few of the book's processes need it, and importing takes seconds.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         scans = load_digits()
         images, targets = scans.images.astype(np.uint8), scans.target
         x, x_test, y, y_test = train_test_split(
@@ -248,6 +256,8 @@ def rotated(task: Task, degrees: float) -> Task:
         task: the original.
         degrees: the angle.
     """
+    from torchvision.transforms.functional import InterpolationMode, rotate  # see _source
+
     background = -task.mean / task.std  # a black pixel after standardisation
 
     def turn(x: Tensor) -> Tensor:
@@ -378,14 +388,17 @@ def _data_folder() -> Path:
 # MNIST and Fashion-MNIST
 
 
-def _real_labels(name: str) -> tuple[str, ...]:
-    return tuple("0123456789") if name == "mnist" else tuple(REAL[name][0].classes)
+def _source(name: str):
+    """torchvision's class of a data set; imported here because that takes longer than reading the files."""
+    from torchvision import datasets
+
+    return getattr(datasets, REAL[name][0])
 
 
 def _paths(name: str) -> dict[str, Path]:
     """The files of a data set: uncompressed, or as ``.gz`` where only that is on disk."""
-    source, checksums = REAL[name]
-    folder = _data_folder() / source.__name__ / "raw"
+    folder_name, checksums = REAL[name]
+    folder = _data_folder() / folder_name / "raw"
     paths = {file: folder / file for file in checksums}
     return {file: path if path.exists() else path.with_name(f"{file}.gz") for file, path in paths.items()}
 
@@ -425,7 +438,7 @@ def _checked(path: Path, checksum: str) -> bytes:
 
 def _download(name: str) -> None:
     """Lets torchvision download a data set, by way of a temporary folder: nothing half-written is found."""
-    source = REAL[name][0]
+    source = _source(name)
     folder = _data_folder() / source.__name__ / "raw"
     timeout = socket.getdefaulttimeout()
     try:

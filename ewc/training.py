@@ -67,7 +67,7 @@ def fit(
     takes its share of every batch and PyTorch's DistributedDataParallel averages the gradients.
 
     Args:
-        model: a network with logits of shape ``(n, classes)``, on the task's device.
+        model: a network with logits of shape ``(n, classes)``; moved to the task's device.
         task: the data; its tensors are used as they lie.
         epochs: passes over the training set.
         batch_size: examples per step, over all processes together.
@@ -92,6 +92,7 @@ def fit(
         ValueError: an unknown optimiser, schedule or penalty.
     """
     x, y = task.train.tensors
+    model.to(x.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
@@ -165,6 +166,8 @@ def sweep(
     if any(hasattr(m, "record") or (m is not None and not hasattr(m, "fisher")) for m in memories):
         raise ValueError("sweep stacks quadratic memories such as EWC and L2; train this one with fit.")
     x, y = task.train.tensors
+    for model in models:
+        model.to(x.device)
     base = models[0]
     places = {place: name for place, (name, _) in curvature.places(base).items()}
     stacked, buffers = stack_module_state(list(models))

@@ -65,7 +65,7 @@ def small(monkeypatch):
 
 def write(files, zipped=False):
     for name, group in files.items():
-        folder = tasks._data_folder() / tasks.REAL[name][0].__name__ / "raw"
+        folder = tasks._data_folder() / tasks.REAL[name][0] / "raw"
         folder.mkdir(parents=True)
         for file, content in group.items():
             (folder / (file + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
@@ -241,7 +241,7 @@ def mirror(small, monkeypatch):
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     for name, files in small.items():
-        source = tasks.REAL[name][0]
+        source = tasks._source(name)
         zipped = {file + ".gz": gzip.compress(content) for file, content in files.items()}
         handler.files |= {f"/{name}/{file}": content for file, content in zipped.items()}
         monkeypatch.setattr(source, "mirrors", [f"http://127.0.0.1:{server.server_port}/{name}/"])
