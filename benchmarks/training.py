@@ -1,0 +1,121 @@
+"""Times `ewc.training` against the usual loop over a DataLoader, and a sweep against runs in turn; prints ratios.
+
+    EWC_DATA=... python -m benchmarks.training            # MNIST
+    EWC_DATASET=embedded python -m benchmarks.training    # digits and letters
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_tensor
+
+from benchmarks.fisher import machine, seconds
+from ewc import EWC, models, tasks, training
+
+
+class Pictures(Dataset):
+    """The training images as torchvision serves them: decoded, converted and scaled one at a time."""
+
+    def __init__(self, task: tasks.Task) -> None:
+        x, y = task.train.tensors
+        self.images = ((x * task.std + task.mean).clamp(0, 1) * 255).round().byte()[:, 0].cpu().numpy()
+        self.labels = y.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return to_tensor(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def loader_epoch(model: nn.Module, data: Dataset, batch_size: int, device: torch.device) -> None:
+    """One epoch as tutorials write it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    for x, y in DataLoader(data, batch_size=batch_size, shuffle=True):
+        x, y = x.to(device), y.to(device)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.item()  # the usual running sum
+        loss.backward()
+        optimizer.step()
+
+
+def epochs(task: tasks.Task, rounds: int = 3) -> dict[str, float]:
+    """Median seconds of one epoch: the loop over a DataLoader at batch sizes 128 and 32, and `fit` at 128."""
+    pictures = Pictures(task)
+    device = task.device
+    model = models.mlp(task.features, [256, 256], task.classes, seed=0).to(device)
+    deep = models.mlp(task.features, [256, 256, 256], task.classes, seed=0).to(device)  # the tutorial's network
+    ways = {
+        "DataLoader, batch 32, the tutorial's network": lambda: loader_epoch(deep, pictures, 32, device),
+        "DataLoader, batch 128": lambda: loader_epoch(model, pictures, 128, device),
+        "fit, batch 128": lambda: training.fit(model, task, epochs=1),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(way, device))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def runs(first: tasks.Task, second: tasks.Task, count: int, rounds: int = 3, passes: int = 1) -> tuple[float, float]:
+    """Median seconds of learning the second task under EWC, `count` runs in turn and at once."""
+    device = first.device
+    nets = [models.mlp(first.features, [256, 256], first.classes, seed=s).to(device) for s in range(count)]
+    memories = [EWC(strength=float(10 * (s + 1))) for s in range(count)]
+    for net, memory in zip(nets, memories):
+        memory.consolidate(net, first.take(1000, 1).train)
+
+    def in_turn() -> None:
+        for s, net in enumerate(copy.deepcopy(nets)):
+            training.fit(net, second, memory=memories[s], seed=s, epochs=passes)
+
+    def at_once() -> None:
+        training.sweep(copy.deepcopy(nets), second, memories=memories, seeds=range(count), epochs=passes)
+
+    pairs = [(seconds(in_turn, device), seconds(at_once, device)) for _ in range(rounds)]
+    return tuple(statistics.median(column) for column in zip(*pairs))
+
+
+def whole_sweep(first: tasks.Task, second: tasks.Task, count: int = 50) -> float:
+    """Seconds of `count` runs of the book's experiment, five epochs of each task, at once."""
+    nets = [models.mlp(first.features, [256, 256], first.classes, seed=s).to(first.device) for s in range(count)]
+    start = time.perf_counter()
+    training.sweep(nets, first, seeds=range(count), lr=0.05)
+    memories = [EWC(strength=300.0) for _ in nets]
+    for net, memory in zip(nets, memories):
+        memory.consolidate(net, first.train)
+    training.sweep(nets, second, seeds=range(count), memories=memories)
+    if first.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=8)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    first, second = tasks.pair()
+    print(machine(first.device))
+    measured = epochs(first)
+    ours = measured["fit, batch 128"]
+    for name, value in measured.items():
+        print(f"{name:46} {value:7.2f} s an epoch  {value / ours:5.2f} x")
+    alone, together = runs(first, second, arguments.runs)
+    print(f"{arguments.runs} runs: in turn {alone:.2f} s, at once {together:.2f} s, ratio {together / alone:.2f}")
+    if first.device.type == "cuda":
+        print(f"50 runs of the whole experiment: {whole_sweep(first, second):.1f} s")
+
+
+if __name__ == "__main__":
+    main()
