@@ -78,8 +78,8 @@ def diagonal(
     Implements: eq-fisher-exact, eq-fisher-sampled, eq-fisher-probe, eq-fisher-empirical, eq-fisher-argmax
 
     References:
-        Kirkpatrick et al., *Overcoming catastrophic forgetting in neural networks*, 2017. Kunstner, Hennig and
-        Balles, *Limitations of the empirical Fisher approximation*, 2019.
+        Kirkpatrick et al., *Overcoming catastrophic forgetting in neural networks*, 2017. Kunstner, Balles and
+        Hennig, *Limitations of the empirical Fisher approximation*, 2019.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"Unknown estimator {estimator!r}; choose one of {', '.join(map(repr, ESTIMATORS))}.")

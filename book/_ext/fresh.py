@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 
-FILES = ("ewc/**/*.py", "benchmarks/**/*.py", "requirements.txt")
+FILES = ("ewc/**/*.py", "ewc/recorded/*.json", "benchmarks/**/*.py", "requirements.txt")
 KEEP = 8  # caches of earlier keys, so that going back to another scale or data set costs nothing
 
 
