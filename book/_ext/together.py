@@ -1,0 +1,81 @@
+"""Chapters are independent programs, so a cold build executes several at a time, before Sphinx reads the pages one by one.
+
+Results go into the cache of MyST-NB, which then finds them there. A chapter that fails is left out: MyST-NB executes it
+again when it is read, and reports the cell and the traceback as always. A page whose front matter says `alone: true`
+measures time: it is executed after the others, with the whole machine to itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from jupyter_cache import get_cache
+from jupyter_cache.base import CacheBundleIn
+from myst_nb.core.read import create_nb_reader
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbformat import NotebookNode
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+
+AT_ONCE = min(4, os.cpu_count() or 1)  # each kernel holds PyTorch and a data set in memory: about a gigabyte
+
+logger = logging.getLogger(__name__)
+
+
+def share_cores(app: Sphinx, config: Config) -> None:
+    """Every kernel gets its share of the cores; more threads than cores would slow all of them down."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))
+
+
+def execute(app: Sphinx, env: BuildEnvironment, pages: list[str]) -> None:
+    """Execute the pages that are not in the cache yet."""
+    cache = get_cache(env.mystnb_config.execution_cache_path)
+    due: dict[Path, tuple[NotebookNode, dict]] = {}
+    for page in pages:
+        path = Path(env.doc2path(page))
+        text = path.read_text(encoding="utf-8")
+        reader = create_nb_reader(str(path), env.myst_config, env.mystnb_config, text)
+        if reader is None:
+            continue  # a page without cells
+        notebook = reader.read(text)
+        try:
+            cache.match_cache_notebook(notebook)
+        except KeyError:
+            due[path] = notebook, reader.read_fmt
+
+    async def one(path: Path, places: asyncio.Semaphore) -> None:
+        (notebook, read_fmt), page = due[path], env.path2doc(str(path))
+        async with places:
+            logger.info("executing %s", page)
+            start = time.monotonic()
+            try:
+                await NotebookClient(notebook, timeout=env.mystnb_config.execution_timeout, record_timing=False,
+                                     resources={"metadata": {"path": str(path.parent)}}).async_execute()
+            except (CellExecutionError, CellTimeoutError):
+                return
+            seconds = time.monotonic() - start
+        record = cache.add_nb_to_project(str(path), **({"read_data": read_fmt} if read_fmt else {}))
+        bundle = CacheBundleIn(notebook, record.uri, data={"execution_seconds": seconds})
+        cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+        logger.info("executed %s in %.0f seconds", page, seconds)
+
+    async def everything() -> None:
+        alone = [path for path, (notebook, _) in due.items() if notebook.metadata.get("alone")]
+        places = asyncio.Semaphore(AT_ONCE)
+        await asyncio.gather(*(one(path, places) for path in due if path not in alone))
+        for path in alone:
+            await one(path, places)
+
+    asyncio.run(everything())
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("config-inited", share_cores, priority=50)
+    app.connect("env-before-read-docs", execute)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
