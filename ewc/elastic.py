@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -88,7 +88,14 @@ class EWC:
             raise ValueError(f"strength is the λ of (λ/2) F (θ − θ*)²: a finite number, at least 0; got {value!r}.")
         self._strength = value
 
-    def consolidate(self, model: nn.Module, data=None, *, fisher: Mapping[str, Tensor] | None = None) -> None:
+    def consolidate(
+        self,
+        model: nn.Module,
+        data=None,
+        *,
+        fisher: Mapping[str, Tensor] | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         r"""Measures the Fisher of ``model`` on the task just learnt and sets the anchor.
 
         ``anchors="latest"`` (:math:`\gamma` is the decay):
@@ -106,8 +113,9 @@ class EWC:
         Args:
             model: the network at the task's optimum.
             data: the task's training data, as for `fisher.diagonal`.
-            fisher: the mean Fisher, if it has been computed already (for instance with a tolerance, or for the
-                classes of one head); ``data`` is then not needed.
+            fisher: the mean Fisher, if it has been computed already (for instance with a tolerance); ``data`` is
+                then not needed.
+            classes: the classes that the softmax runs over, for a head chosen by task; all of them if not given.
 
         Raises:
             ValueError: what `fisher.diagonal` raises; a model or Fisher that does not match what is stored. The
@@ -122,7 +130,7 @@ class EWC:
             self._matched(model)
         parameters = dict(model.named_parameters())
         if fisher is None:
-            fisher = _fisher.diagonal(model, data, self.estimator)
+            fisher = _fisher.diagonal(model, data, self.estimator, classes=classes)
         _check_fisher(fisher, parameters)
 
         new_fisher, new_star, gained = {}, {}, 0.0

@@ -11,7 +11,7 @@ other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ def factors(
     setting: str = "expand",
     batch_size: int = 256,
     generator: torch.Generator | None = None,
+    classes: Sequence[int] | None = None,
 ) -> dict[str, Factors]:
     r"""The Kronecker factors of every trainable Linear and Conv2d layer, as means per example.
 
@@ -71,6 +72,7 @@ def factors(
         setting: ``"expand"`` or ``"reduce"``.
         batch_size: examples in one pass.
         generator: the source of randomness of ``"sampled"`` and ``"probe"``.
+        classes: the classes that the softmax runs over, for a head chosen by task; all of them if not given.
 
     Returns:
         layer name -> :class:`Factors`, A of shape (inputs + 1, inputs + 1), or without the one if the layer
@@ -108,6 +110,8 @@ def factors(
                 logits = curvature.check(model(x), len(x), y)
             outputs = [_one_output(name, layers[name], records[name]) for name in layers]
             inputs = [_rows(name, layers[name], records[name][0][0], len(x), setting) for name in layers]
+            if classes is not None:
+                logits, y = _among(classes, logits, y)
             columns = curvature.score_columns(logits, y, estimator, generator=generator)
             if not counts[0]:
                 _rehearse(layers, records, logits, columns.sum(0))
@@ -190,8 +194,19 @@ class KFAC:
             )
         self._strength = float(value)
 
-    def consolidate(self, model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> None:
+    def consolidate(
+        self,
+        model: nn.Module,
+        data: Dataset | DataLoader | tuple[Tensor, Tensor],
+        *,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         """Measures the factors on the task just learnt, keeps them, and moves the anchor here.
+
+        Args:
+            model: the network at the task's optimum.
+            data: as for :func:`factors`.
+            classes: as for :func:`factors`.
 
         Raises:
             ValueError: what :func:`factors` raises, or a model that is not the stored one. The memory is then
@@ -200,7 +215,9 @@ class KFAC:
         model = unwrap(model)
         if self.tasks:
             self._layers(model)
-        new = factors(model, data, self.estimator, setting=self.setting, generator=self.generator)
+        new = factors(
+            model, data, self.estimator, setting=self.setting, generator=self.generator, classes=classes
+        )
         self.tasks.append(new)
         self.theta_star = {
             n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in new
@@ -362,6 +379,15 @@ class KFAC:
 
 
 # --- layers -------------------------------------------------------------------------------------------------
+
+
+def _among(classes: Sequence[int], logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of these classes alone, and the labels as positions among them."""
+    chosen = torch.as_tensor(classes, device=y.device)
+    same = y[:, None] == chosen
+    if not same.any(1).all():
+        raise ValueError(f"some labels are outside the classes given: {chosen.tolist()}.")
+    return logits[:, chosen], same.int().argmax(1)
 
 
 def _kronecker_layers(model: nn.Module) -> dict[str, nn.Module]:

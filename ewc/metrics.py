@@ -24,13 +24,13 @@ def accuracy(
 ) -> float:
     """Share of images whose largest logit is the right one, between 0 and 1.
 
-    The model is evaluated in eval mode and handed back in the mode it was in.
+    For a task with heads the choice is made within the image's head. The model is evaluated in eval mode and handed back in the mode it was in.
 
     Args:
         model: a network with logits of shape ``(n, classes)``.
         data: a task, of which the test set is used, or a set of images and labels.
-        classes: the classes among which the network may choose, as when it is told which task an image
-            belongs to; default all of them.
+        classes: the classes among which the network may choose, whatever the task's heads; default all of
+            them, or those of the image's head.
         batch_size: images in one pass; the result does not depend on it.
 
     Raises:
@@ -48,7 +48,10 @@ def accuracy(
     try:
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(images)
-            choice = logits.argmax(-1) if allowed is None else allowed[logits[:, allowed].argmax(-1)]
+            if allowed is not None:
+                choice = allowed[logits[:, allowed].argmax(-1)]
+            else:
+                choice = (data.masked(logits, labels) if isinstance(data, Task) else logits).argmax(-1)
             hits += (choice == labels).sum()
     finally:
         for module, mode in modes:

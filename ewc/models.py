@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def mlp(
@@ -65,61 +65,6 @@ def convnet(
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         last = (channels or [inputs])[-1]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(last * height * width, classes))
-
-
-class MultiHead(nn.Module):
-    """One body shared by all tasks and one linear output layer ("head") per task.
-
-    Set ``model.active = t`` before training or testing on task t (task-incremental learning).
-
-    Attributes:
-        body: maps inputs to features.
-        heads: one linear layer per task.
-        active: index of the head in use.
-    """
-
-    def __init__(self, body: nn.Module, heads: Sequence[nn.Linear]) -> None:
-        super().__init__()
-        self.body = body
-        self.heads = nn.ModuleList(heads)
-        self.active = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not 0 <= self.active < len(self.heads):
-            raise IndexError(f"There is no head {self.active}; the heads are 0 to {len(self.heads) - 1}.")
-        return self.heads[self.active](self.body(x))
-
-
-def multihead(
-    features: int,
-    hidden: Sequence[int],
-    classes: int,
-    tasks: int,
-    activation: type[nn.Module] = nn.ReLU,
-    *,
-    seed: int | None = None,
-) -> MultiHead:
-    """A multilayer perceptron with one output layer per task, for tasks of ``classes`` classes each.
-
-    Args:
-        features: number of inputs.
-        hidden: widths of the shared hidden layers, at least one.
-        classes: number of outputs of each head.
-        tasks: number of heads.
-        activation: as for ``mlp``.
-        seed: as for ``mlp``.
-
-    Raises:
-        ValueError: a width or the number of tasks is not positive, or there is no hidden layer to share.
-    """
-    if not hidden:
-        raise ValueError(
-            "A multi-head network shares its hidden layers between tasks; give at least one width."
-        )
-    _require_positive([features, *hidden, classes, tasks])
-    with _seeded(seed):
-        body = mlp(features, hidden[:-1], hidden[-1], activation).append(activation())
-        return MultiHead(body, [nn.Linear(hidden[-1], classes) for _ in range(tasks)])
 
 
 def _require_positive(widths: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ come from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ class L2(_Relative):
     Implements: eq-l2
     """
 
-    def consolidate(self, model: nn.Module, data=None) -> None:
-        """Moves the anchor to the model's present trainable weights; the data is not looked at."""
+    def consolidate(self, model: nn.Module, data=None, *, classes=None) -> None:
+        """Moves the anchor to the model's present trainable weights; data and classes are not looked at."""
         ones = {name: torch.ones_like(p) for name, p in unwrap(model).named_parameters() if p.requires_grad}
         self.fisher = {name: torch.zeros_like(f) for name, f in self.fisher.items()}
         super().consolidate(model, fisher=ones)
@@ -133,8 +133,10 @@ class SynapticIntelligence(_Relative):
         last.copy_(p)
 
     @torch.no_grad()
-    def consolidate(self, model: nn.Module, data=None) -> None:
+    def consolidate(self, model: nn.Module, data=None, *, classes=None) -> None:
         """Turns the recorded path into importances, added to the old ones, and moves the anchor.
+
+        Data and classes are not looked at: the recorded gradients have seen them.
 
         Raises:
             ValueError: no step was recorded since the last consolidation, or a model that is not the recorded
@@ -197,20 +199,27 @@ class MemoryAwareSynapses(_Relative):
     Implements: eq-mas
     """
 
-    def consolidate(self, model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> None:
+    def consolidate(
+        self,
+        model: nn.Module,
+        data: Dataset | DataLoader | tuple[Tensor, Tensor],
+        *,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         """Adds the importances on the task just learnt and moves the anchor.
 
         Args:
             model: a network that maps (N, ...) to outputs (N, ...), one example independent of the others.
             data: a dataset, a loader or a pair of tensors; the labels are not looked at.
+            classes: the outputs that count, for a head chosen by task; all of them if not given.
 
         Raises:
             ValueError: empty data, nothing to train, or a model that is not the stored one.
         """
-        super().consolidate(model, fisher=_sensitivity(unwrap(model), data))
+        super().consolidate(model, fisher=_sensitivity(unwrap(model), data, classes))
 
 
-def _sensitivity(model: nn.Module, data) -> dict[str, Tensor]:
+def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[str, Tensor]:
     """E|∂‖f‖²/∂θ| of every trainable parameter."""
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
@@ -220,7 +229,8 @@ def _sensitivity(model: nn.Module, data) -> dict[str, Tensor]:
 
     def size(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         tensors = {place: parameters.get(name, held) for place, (name, held) in places.items()}
-        return functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False).square().sum()
+        outputs = functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False)
+        return (outputs if classes is None else outputs[:, list(classes)]).square().sum()
 
     total, count = {name: torch.zeros_like(p) for name, p in trainable.items()}, 0
     chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once

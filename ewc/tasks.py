@@ -23,6 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib
@@ -73,6 +74,7 @@ FONTS = (
     *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol"),
     *("STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"),
 )
+SCENARIOS = ("task", "domain", "class")
 LETTERS = "ABCDEFGHIJ"
 LETTERS_VERSION = 2  # names the cached file: raise it when `_render_letters` changes
 
@@ -90,6 +92,8 @@ class Task:
         mean: mean of the training set's pixels before standardisation, on a scale from 0 to 1.
         std: their standard deviation, on the same scale.
         labels: one name per class.
+        heads: disjoint groups of classes if the network is told which group an image belongs to and chooses
+            within it (task-incremental learning); None if it chooses among all classes.
     """
 
     name: str
@@ -100,11 +104,47 @@ class Task:
     mean: float
     std: float
     labels: tuple[str, ...]
+    heads: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def features(self) -> int:
         """Number of pixels of an image."""
         return math.prod(self.shape)
+
+    @property
+    def head(self) -> tuple[int, ...] | None:
+        """The group of classes among which the answer to this task's images is chosen; None if among all.
+
+        Raises:
+            ValueError: the images belong to several heads.
+        """
+        if self.heads is None:
+            return None
+        y = self.train.tensors[1]
+        used = [head for head in self.heads if torch.isin(y, torch.tensor(head, device=y.device)).any()]
+        if len(used) > 1:
+            raise ValueError(f"{self.name} uses the heads {used}; take one task at a time.")
+        return used[0]
+
+    def masked(self, logits: Tensor, labels: Tensor) -> Tensor:
+        r"""The logits, with -∞ for the classes outside the head of each example.
+
+        A softmax over the result gives those classes the probability 0, and a loss gives their outputs the
+        gradient 0: one output layer, masked, is as many separate output layers as there are heads.
+
+        Args:
+            logits: shape ``(..., n, classes)``.
+            labels: the images' classes, shape ``(n,)`` or ``(..., n)``; only the head they belong to is used.
+        """
+        return logits if self.heads is None else logits.masked_fill(self._elsewhere[labels], -math.inf)
+
+    @cached_property
+    def _elsewhere(self) -> Tensor:
+        """Entry [y, k]: is class k in another head than class y?"""
+        head = torch.full((self.classes,), -1)
+        for number, group in enumerate(self.heads):
+            head[list(group)] = number
+        return (head[:, None] != head).to(self.device)
 
     @property
     def title(self) -> str:
@@ -266,19 +306,28 @@ def rotated(task: Task, degrees: float) -> Task:
     return _mapped(task, f"rotated {degrees:g}", turn)
 
 
-def split(task: Task, groups: Sequence[Sequence[int]] | None = None, *, relabel: bool = False) -> list[Task]:
+def split(
+    task: Task, groups: Sequence[Sequence[int]] | None = None, *, scenario: str = "class"
+) -> list[Task]:
     """One task per group of classes, in the order of the groups (Split MNIST, Zenke et al. 2017).
 
     Args:
         task: the original.
         groups: disjoint groups of classes; default two by two: (0, 1), (2, 3), …
-        relabel: False keeps the labels and the number of classes (class-incremental learning, one output per
-            class). True numbers each group's classes from 0 in its order (domain- and task-incremental
-            learning, where the tasks share an output layer or have one each).
+        scenario: what the network must answer. ``"class"``: which of all classes it is, one output per class.
+            ``"task"``: the same, but it is told the group and chooses within it (`Task.heads`). ``"domain"``:
+            which member of its group it is, without being told the group; each group's classes are numbered
+            from 0 in its order, and all groups share these outputs.
 
     Raises:
-        ValueError: no groups, an empty group, a class that does not exist, or one in two groups.
+        ValueError: no groups, an empty group, a class that does not exist, or one in two groups; an unknown
+            scenario; groups of different sizes in the scenario ``"domain"``.
+
+    References:
+        Van de Ven and Tolias, *Three scenarios for continual learning*, 2019.
     """
+    if scenario not in SCENARIOS:
+        raise ValueError(f"There is no scenario {scenario!r}; choose one of {_listed(SCENARIOS)}.")
     if groups is None:
         groups = [range(k, min(k + 2, task.classes)) for k in range(0, task.classes, 2)]
     groups = [tuple(group) for group in groups]
@@ -291,38 +340,54 @@ def split(task: Task, groups: Sequence[Sequence[int]] | None = None, *, relabel:
         )
     if len(set(members)) < len(members):
         raise ValueError(f"split() needs disjoint groups, but a class appears twice in {groups}.")
-    return [_restricted(task, group, relabel) for group in groups]
+    parts = [_restricted(task, group) for group in groups]
+    if scenario == "task":
+        return [replace(part, heads=tuple(groups)) for part in parts]
+    if scenario == "domain":
+        if len({len(group) for group in groups}) > 1:
+            raise ValueError(f"Tasks that share their outputs need groups of one size, but got {groups}.")
+        return [_renumbered(part, group) for part, group in zip(parts, groups)]
+    return parts
 
 
 def joint(*parts: Task) -> Task:
     """All images of several tasks as one task: what training on everything at once would reach.
 
     Args:
-        *parts: tasks of the same shape and number of classes; an image keeps its task's label.
+        *parts: tasks of the same shape, number of classes and heads; an image keeps its task's label.
 
     Raises:
-        ValueError: no tasks, or tasks that differ in shape or number of classes.
+        ValueError: no tasks, or tasks that differ in shape, number of classes or heads.
     """
-    if len({(task.shape, task.classes) for task in parts}) != 1:
-        raise ValueError(f"joint() needs tasks of one shape and number of classes, but got {list(parts)}.")
+    if len({(task.shape, task.classes, task.heads) for task in parts}) != 1:
+        raise ValueError(
+            f"joint() needs tasks of one shape, number of classes and heads, but got {list(parts)}."
+        )
     sets = ([getattr(task, name).tensors for task in parts] for name in ("train", "test"))
     train, test = (TensorDataset(*map(torch.cat, zip(*tensors))) for tensors in sets)
     return replace(parts[0], name=" and ".join(task.name for task in parts), train=train, test=test)
 
 
-def _restricted(task: Task, group: tuple[int, ...], relabel: bool) -> Task:
+def _restricted(task: Task, group: tuple[int, ...]) -> Task:
     """The task with the images of ``group`` alone."""
     member = torch.tensor(group, device=task.device)
 
     def keep(data: TensorDataset) -> TensorDataset:
-        x, y = _select(data, torch.isin(data.tensors[1], member)).tensors
-        return TensorDataset(x, (y[:, None] == member).int().argmax(1) if relabel else y)
+        return _select(data, torch.isin(data.tensors[1], member))
 
     name = f"{task.name} {'-'.join(task.labels[k] for k in group)}"
-    part = replace(task, name=name, train=keep(task.train), test=keep(task.test))
-    if not relabel:
-        return part
-    return replace(part, classes=len(group), labels=tuple(task.labels[k] for k in group))
+    return replace(task, name=name, train=keep(task.train), test=keep(task.test))
+
+
+def _renumbered(task: Task, group: tuple[int, ...]) -> Task:
+    """The task with its classes, ``group``, numbered from 0 in the order of the group."""
+    member = torch.tensor(group, device=task.device)
+    train, test = (
+        TensorDataset(data.tensors[0], (data.tensors[1][:, None] == member).int().argmax(1))
+        for data in (task.train, task.test)
+    )
+    names = tuple(task.labels[k] for k in group)
+    return replace(task, train=train, test=test, classes=len(group), labels=names)
 
 
 def _select(data: TensorDataset, index: Tensor | slice) -> TensorDataset:

@@ -5,6 +5,7 @@ compute device, so an epoch costs little more than its matrix products.
 """
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ def fit(
     task: Task,
     *,
     epochs: int = 5,
+    steps: int | None = None,
     batch_size: int = 128,
     lr: float = 0.01,
     optimizer: str = "sgd",
@@ -59,17 +61,20 @@ def fit(
     watch: Sequence[Task] = (),
     every: int | None = None,
     seed: int = 0,
+    moments: dict | None = None,
 ) -> History:
     r"""Train ``model`` on ``task.train`` in place, protected by ``memory`` if there is one.
 
     Minimises the mean cross-entropy of the task plus the memory's penalty
-    :math:`\tfrac{\lambda}{2}\sum_i F_i(\theta_i-\theta^*_i)^2`. Under ``torchrun`` each process
+    :math:`\tfrac{\lambda}{2}\sum_i F_i(\theta_i-\theta^*_i)^2`. For a task with heads the softmax runs
+    over the classes of each example's head. Under ``torchrun`` each process
     takes its share of every batch and PyTorch's DistributedDataParallel averages the gradients.
 
     Args:
         model: a network with logits of shape ``(n, classes)``; moved to the task's device.
         task: the data; its tensors are used as they lie.
         epochs: passes over the training set.
+        steps: stop after so many steps of the optimiser, whatever ``epochs``.
         batch_size: examples per step, over all processes together.
         lr: learning rate.
         optimizer: ``"sgd"`` or ``"adam"``.
@@ -82,6 +87,8 @@ def fit(
         watch: tasks whose test accuracy is recorded.
         every: steps between two such evaluations; None evaluates once an epoch.
         seed: fixes the order of the examples.
+        moments: the optimiser's running means, carried from task to task: give every call the same dict, empty
+            at first. None starts the optimiser afresh.
 
     Returns:
         The run's `History`.
@@ -99,7 +106,7 @@ def fit(
     def loss_of(batch: Tensor) -> Tensor:
         mine = batch[rank::world]
         # Summed and divided by the whole batch, so that uneven shares weigh as they should.
-        total = cross_entropy(net(x[mine]), y[mine], reduction="sum")
+        total = cross_entropy(task.masked(net(x[mine]), y[mine]), y[mine], reduction="sum")
         return total * (world / len(batch))
 
     def evaluate() -> list[dict[str, float]]:
@@ -115,8 +122,8 @@ def fit(
         histories=[history],
         modules=[model],
         memory=_Single(model, memory) if memory is not None else None,
-        epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
-        schedule=schedule, penalty=penalty, every=every, watched=bool(watch),
+        epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
+        schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
     )
     return history
 
@@ -128,6 +135,7 @@ def sweep(
     seeds: Sequence[int],
     memories: Sequence | None = None,
     epochs: int = 5,
+    steps: int | None = None,
     batch_size: int = 128,
     lr: float = 0.01,
     optimizer: str = "sgd",
@@ -136,6 +144,7 @@ def sweep(
     penalty: str = "pull",
     watch: Sequence[Task] = (),
     every: int | None = None,
+    moments: dict | None = None,
 ) -> list[History]:
     r"""Train R models of one architecture at once, each as `fit` would with its own seed and memory.
 
@@ -148,7 +157,7 @@ def sweep(
         task: the data, the same for all runs.
         seeds: R integers, the order of the examples of each run; equal seeds share their batches.
         memories: R quadratic memories (with ``fisher``, ``theta_star``, ``strength``) or None.
-        epochs, batch_size, lr, optimizer, momentum, schedule, penalty, watch, every: as for `fit`.
+        epochs, steps, batch_size, lr, optimizer, momentum, schedule, penalty, watch, every, moments: as for `fit`.
 
     Returns:
         One `History` per run.
@@ -181,8 +190,8 @@ def sweep(
         return vmap(one, in_dims=(0, 0, in_dim), randomness="different")(stacked, buffers, inputs)
 
     def loss_of(batch: Tensor) -> Tensor:
-        outputs = logits(x[batch], None if shared else 0)
         targets = y[batch].expand(runs, -1)
+        outputs = task.masked(logits(x[batch], None if shared else 0), targets)
         each = cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         return each.view(runs, -1).mean(1)
 
@@ -193,7 +202,7 @@ def sweep(
         with torch.no_grad():
             for t in watch:
                 xt, yt = t.test.tensors
-                hits = sum((logits(a, None).argmax(-1) == b).sum(1)
+                hits = sum((t.masked(logits(a, None), b).argmax(-1) == b).sum(1)
                            for a, b in zip(xt.split(1000), yt.split(1000)))
                 for row, hit in zip(rows, hits.tolist()):
                     row[t.name] = hit / len(xt)
@@ -212,8 +221,8 @@ def sweep(
             histories=histories,
             modules=[base],
             memory=_Stacked(trained, memories) if any(m is not None for m in memories) else None,
-            epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
-            schedule=schedule, penalty=penalty, every=every, watched=bool(watch),
+            epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
+            schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
         )
     finally:
         with torch.no_grad():
@@ -230,6 +239,7 @@ def run(
     *,
     checkpoint: str | Path | None = None,
     seed: int | Sequence[int] = 0,
+    keep_moments: bool = False,
     **options,
 ) -> Tensor:
     """Learn ``tasks`` one after the other, consolidating after each; many models train as a `sweep`.
@@ -241,6 +251,7 @@ def run(
         checkpoint: a file that keeps the state after each finished task. If it exists, the run goes
             on after the last task in it and ends with the same numbers as if it had never stopped.
         seed: fixes the order of the examples; one for each model.
+        keep_moments: carry the optimiser's running means from task to task; False starts each task afresh.
         **options: passed to `fit` or `sweep`.
 
     Returns:
@@ -256,22 +267,23 @@ def run(
     seeds = list(seed) if many else [seed]
     names = [t.name for t in tasks]
     matrix = torch.full((len(models), len(tasks), len(tasks)), math.nan, dtype=torch.float64)
+    moments = {} if keep_moments else None
     done = 0
     if checkpoint is not None and Path(checkpoint).exists():
-        done = _restore(Path(checkpoint), names, models, memories, matrix)
+        done = _restore(Path(checkpoint), names, models, memories, matrix, moments)
     for i in range(done, len(tasks)):
         task = tasks[i]
         if many:
-            sweep(models, task, seeds=[s + i for s in seeds], memories=memories, **options)
+            sweep(models, task, seeds=[s + i for s in seeds], memories=memories, moments=moments, **options)
         else:
-            fit(model, task, memory=memory, seed=seed + i, **options)
+            fit(model, task, memory=memory, seed=seed + i, moments=moments, **options)
         for r, (net, keep) in enumerate(zip(models, memories)):
             if keep is not None:
-                keep.consolidate(net, _share(task.train))
+                keep.consolidate(net, _share(task.train), classes=task.head)
             for j, other in enumerate(tasks):
                 matrix[r, i, j] = accuracy(net, other)
         if checkpoint is not None:
-            _save(Path(checkpoint), names, i + 1, models, memories, matrix)
+            _save(Path(checkpoint), names, i + 1, models, memories, matrix, moments)
     return matrix if many else matrix[0]
 
 
@@ -279,8 +291,9 @@ def run(
 
 
 def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callable, orders: Callable, size: int,
-          histories: list[History], modules: list[nn.Module], memory, epochs: int, batch_size: int, lr: float,
-          optimizer: str, momentum: float, schedule: str | None, penalty: str, every: int | None, watched: bool) -> None:
+          histories: list[History], modules: list[nn.Module], memory, epochs: int, steps: int | None, batch_size: int,
+          lr: float, optimizer: str, momentum: float, schedule: str | None, penalty: str, every: int | None,
+          watched: bool, moments: dict | None) -> None:
     tensors = list(parameters.values())
     _choose("penalty", penalty, ("pull", "gradient"))
     _choose("schedule", schedule, ("cosine", None))
@@ -289,8 +302,11 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
         opt = torch.optim.SGD(tensors, lr=lr, momentum=momentum, foreach=True)
     else:
         opt = torch.optim.Adam(tensors, lr=lr, foreach=True)
+    if moments:
+        # A copy: the optimiser writes into its state, and the rate is this run's, not the last one's.
+        opt.load_state_dict({"state": copy.deepcopy(moments), "param_groups": opt.state_dict()["param_groups"]})
     per_epoch = math.ceil(size / batch_size)
-    total = epochs * per_epoch
+    total = epochs * per_epoch if steps is None else steps
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(total, 1)) if schedule == "cosine" else None
     every = every or per_epoch
     latest = [p.detach().clone() for p in tensors]
@@ -329,9 +345,9 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
     if watched:
         look(0)
     step = 0
-    for epoch in range(epochs):
-        summed = 0.0
-        for batch in orders(epoch).split(batch_size, dim=-1):
+    for epoch in range(math.ceil(total / per_epoch)):
+        summed, seen = 0.0, 0
+        for batch in orders(epoch).split(batch_size, dim=-1)[: total - step]:
             opt.zero_grad(set_to_none=True)
             loss = loss_of(batch)
             loss.sum().backward()
@@ -346,14 +362,17 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
                 rates.step()
             window.append(loss.detach() * batch.shape[-1])
             step += 1
-            if len(window) == CHECK_EVERY or step % per_epoch == 0:
+            seen += batch.shape[-1]
+            if len(window) == CHECK_EVERY or step % per_epoch == 0 or step == total:
                 summed = summed + check(step)
             if watched and step % every == 0:
                 look(step)
                 for module in modules:
                     module.train()
-        for history, value in zip(histories, (summed / size).view(-1).tolist()):
+        for history, value in zip(histories, (summed / seen).view(-1).tolist()):
             history.loss.append(value)
+    if moments is not None:
+        moments.update(opt.state_dict()["state"])
 
 
 def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> float | dict[str, Tensor]:
@@ -448,11 +467,11 @@ def _share(data: TensorDataset) -> TensorDataset:
     return TensorDataset(*(t[dist.get_rank()::dist.get_world_size()] for t in data.tensors))
 
 
-def _save(path: Path, names, done: int, models, memories, matrix: Tensor) -> None:
+def _save(path: Path, names, done: int, models, memories, matrix: Tensor, moments: dict | None) -> None:
     """Write the state beside the file, then rename: a kill at any moment leaves a whole file."""
     if _distributed() and dist.get_rank() != 0:
         return
-    state = {"tasks": names, "done": done, "matrix": matrix,
+    state = {"tasks": names, "done": done, "matrix": matrix, "moments": moments,
              "models": [m.state_dict() for m in models],
              "memories": [m.state_dict() if m is not None else None for m in memories]}
     part = path.with_name(path.name + ".part")
@@ -460,7 +479,7 @@ def _save(path: Path, names, done: int, models, memories, matrix: Tensor) -> Non
     os.replace(part, path)
 
 
-def _restore(path: Path, names, models, memories, matrix: Tensor) -> int:
+def _restore(path: Path, names, models, memories, matrix: Tensor, moments: dict | None) -> int:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as problem:
@@ -473,5 +492,7 @@ def _restore(path: Path, names, models, memories, matrix: Tensor) -> int:
     for memory, saved in zip(memories, state["memories"]):
         if memory is not None:
             memory.load_state_dict(saved)
+    if moments is not None:
+        moments.update(state["moments"] or {})
     matrix.copy_(state["matrix"])
     return state["done"]

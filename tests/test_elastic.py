@@ -277,6 +277,22 @@ def test_one_weight_through_any_tasks(tasks, decay, anchors, strength):
     assert float(memory.penalty(model).detach()) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+def test_a_head_consolidates_its_own_classes():
+    model, (x, _) = network(), data()
+    memory = consolidated(model=model)
+    memory.consolidate(model, (x, torch.full((len(x),), 2)), classes=[0, 2])
+    small = copy.deepcopy(model)
+    small[2] = nn.Linear(6, 2).double()
+    with torch.no_grad():
+        small[2].weight.copy_(model[2].weight[[0, 2]])
+        small[2].bias.copy_(model[2].bias[[0, 2]])
+    expected = fisher.diagonal(model, data())
+    for name, f in fisher.diagonal(small, (x, torch.zeros(len(x), dtype=torch.int64))).items():
+        expected[name][[0, 2] if name.startswith("2") else slice(None)] += f
+    for name, f in memory.fisher.items():
+        torch.testing.assert_close(f, expected[name], rtol=1e-10, atol=1e-14)
+
+
 def test_new_heads_are_free_until_they_are_consolidated():
     model = nn.ModuleDict({"body": nn.Linear(4, 5), "first": nn.Linear(5, 3)}).double()
     memory = EWC(1.0)

@@ -115,6 +115,26 @@ def test_empirical_factors_use_the_datas_labels():
         close(found.G, G)
 
 
+@pytest.mark.parametrize("estimator", ["exact", "empirical", "argmax"])
+def test_one_head_is_a_network_without_the_other_outputs(estimator):
+    model, (x, _) = build("mlp")
+    y = torch.tensor([2, 0, 0, 2, 2, 0])
+    small = nn.Sequential(*model[:-1], nn.Linear(4, 2, bias=False).double())
+    with torch.no_grad():
+        small[-1].weight.copy_(model[-1].weight[[2, 0]])
+    got = kfac.factors(model, (x, y), estimator, classes=(2, 0))
+    expected = kfac.factors(small, (x, (y == 0).long()), estimator)
+    for name, (A, G) in expected.items():
+        close(got[name].A, A)
+        close(got[name].G[[2, 0]][:, [2, 0]] if name == "2" else got[name].G, G)
+    assert got["2"].G[1].eq(0).all()
+    memory = KFAC(1.0, estimator=estimator)
+    memory.consolidate(model, (x, y), classes=(2, 0))
+    close(memory.tasks[0]["2"].G, got["2"].G)
+    with pytest.raises(ValueError, match="outside the classes"):
+        kfac.factors(model, (x, y), estimator, classes=(1, 2))
+
+
 @pytest.mark.parametrize("estimator", ["sampled", "probe"])
 def test_random_estimators_are_unbiased_and_follow_the_seed(estimator):
     model, (x, y) = build("mlp")

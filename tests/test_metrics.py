@@ -39,6 +39,17 @@ def test_accuracy_among_chosen_classes():
         metrics.accuracy(nn.Identity(), data, classes=[])
 
 
+def test_accuracy_within_the_head_of_a_task(task):
+    model = models.mlp(64, [20], 10, seed=1)
+    told = tasks.split(task, scenario="task")
+    for part in told:
+        inside = metrics.accuracy(model, part.test, classes=part.head)
+        assert metrics.accuracy(model, part) == inside >= metrics.accuracy(model, part.test)
+    each = [len(part.test) * metrics.accuracy(model, part) for part in told]
+    together = metrics.accuracy(model, tasks.joint(*told))
+    assert together == pytest.approx(sum(each) / len(task.test)) and together > metrics.accuracy(model, task)
+
+
 def test_accuracy_leaves_the_model_as_it_was(task):
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.9), nn.Linear(64, 10))
     model[1].eval()  # a frozen layer inside a model in training

@@ -9,7 +9,6 @@ from ewc import models
 MAKERS = {
     "mlp": lambda seed: models.mlp(64, [7, 5], 3, seed=seed),
     "convnet": lambda seed: models.convnet((1, 8, 8), 3, (2, 4), seed=seed),
-    "multihead": lambda seed: models.multihead(64, [7, 5], 3, tasks=4, seed=seed),
 }
 make = pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 
@@ -72,26 +71,6 @@ def test_convnet_halves_the_image_at_each_convolution():
         models.convnet((1, 8, 8), 10, (2, 2, 2, 2))
 
 
-def test_heads_share_the_body_and_answer_in_turn():
-    model = models.multihead(6, [5], 2, tasks=3, seed=0)
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    features = torch.relu(x @ model.body[1].weight.T + model.body[1].bias)
-    for t, head in enumerate(model.heads):
-        model.active = t
-        torch.testing.assert_close(model(x), features @ head.weight.T + head.bias)
-    model.zero_grad()
-    model(x).sum().backward()
-    assert model.heads[0].weight.grad is None and model.body[1].weight.grad is not None
-
-
-@pytest.mark.parametrize("active", [3, -1])
-def test_there_is_no_such_head(active):
-    model = models.multihead(6, [5], 2, tasks=3)
-    model.active = active
-    with pytest.raises(IndexError, match="the heads are 0 to 2"):
-        model(torch.zeros(1, 6))
-
-
 @pytest.mark.parametrize(
     "build",
     [
@@ -99,14 +78,8 @@ def test_there_is_no_such_head(active):
         lambda: models.mlp(4, [3, 0], 2),
         lambda: models.mlp(4, [3], -2),
         lambda: models.convnet((1, 8, 8), 2, (0,)),
-        lambda: models.multihead(4, [3], 2, tasks=0),
     ],
 )
 def test_widths_must_be_positive(build):
     with pytest.raises(ValueError, match="at least one unit"):
         build()
-
-
-def test_heads_need_something_to_share():
-    with pytest.raises(ValueError, match="hidden layers"):
-        models.multihead(4, [], 2, tasks=2)

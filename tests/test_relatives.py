@@ -253,6 +253,21 @@ def test_mas_is_its_definition_and_needs_no_labels():
     assert (expected["0.weight"] > 1.01 * signed).any()  # the absolute value comes before the mean
 
 
+def test_mas_of_one_head_is_that_of_a_network_without_the_others():
+    model, (x, y) = network(), batch()
+    small = copy.deepcopy(model)
+    small[2] = nn.Linear(4, 1).double()
+    with torch.no_grad():
+        small[2].weight.copy_(model[2].weight[1:])
+        small[2].bias.copy_(model[2].bias[1:])
+    memory, twin = MemoryAwareSynapses(1.0), MemoryAwareSynapses(1.0)
+    memory.consolidate(model, (x, y), classes=[1])
+    twin.consolidate(small, (x, y))
+    for name, expected in twin.fisher.items():
+        close(memory.fisher[name][1:] if name.startswith("2") else memory.fisher[name], expected)
+    assert memory.fisher["2.weight"][0].eq(0).all() and memory.fisher["2.bias"][0] == 0
+
+
 def test_mas_of_tied_and_frozen_weights():
     torch.manual_seed(0)
     shared = nn.Linear(3, 3)

@@ -432,9 +432,10 @@ def test_rotated_turns_images(digits):
     assert tasks.rotated(digits, 22.5).name == "digits rotated 22.5"
 
 
-@pytest.mark.parametrize("relabel", [False, True])
-def test_split_shares_out_every_image(digits, relabel):
-    parts = tasks.split(digits, relabel=relabel)
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_split_shares_out_every_image(digits, scenario):
+    parts = tasks.split(digits, scenario=scenario)
+    relabel = scenario == "domain"
     assert [part.name for part in parts] == [
         "digits 0-1",
         "digits 2-3",
@@ -451,10 +452,11 @@ def test_split_shares_out_every_image(digits, relabel):
             assert data.tensors[1].equal(labels - 2 * t if relabel else labels)
         assert part.classes == (2 if relabel else 10)
         assert part.labels == ((str(2 * t), str(2 * t + 1)) if relabel else digits.labels)
+        assert part.head == ((2 * t, 2 * t + 1) if scenario == "task" else None)
 
 
 def test_split_numbers_classes_in_the_order_of_the_group(digits):
-    (part,) = tasks.split(digits, [(7, 2, 5)], relabel=True)
+    (part,) = tasks.split(digits, [(7, 2, 5)], scenario="domain")
     original = tasks.split(digits, [(7, 2, 5)])[0].train.tensors[1]
     assert part.labels == ("7", "2", "5") and part.classes == 3
     assert [part.labels[k] for k in part.train.tensors[1]] == [str(k) for k in original.tolist()]
@@ -476,6 +478,31 @@ def test_split_refuses_bad_groups(digits, groups, message):
         tasks.split(digits, groups)
 
 
+def test_split_refuses_bad_scenarios(digits):
+    with pytest.raises(ValueError, match="'task', 'domain', 'class'"):
+        tasks.split(digits, scenario="instance")
+    with pytest.raises(ValueError, match="groups of one size"):
+        tasks.split(digits, [(0, 1), (2,)], scenario="domain")
+
+
+def test_heads_leave_the_classes_of_one_group(digits):
+    groups = [(3, 1), (0, 8, 2)]  # any order, any size; classes 4, 5, 6, 7, 9 are in no group
+    first, second = tasks.split(digits, groups, scenario="task")
+    assert first.head == (3, 1) and second.head == (0, 8, 2)
+    logits = torch.randn(2, 4, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 8, 3, 0])
+    masked = first.masked(logits, labels)
+    for n, label in enumerate(labels.tolist()):
+        group = next(g for g in groups if label in g)
+        for k in range(10):
+            assert masked[:, n, k].equal(logits[:, n, k] if k in group else torch.full((2,), -torch.inf))
+    assert digits.masked(logits, labels) is logits
+    both = tasks.joint(first, second)
+    assert both.masked(logits, labels).equal(masked)
+    with pytest.raises(ValueError, match="one task at a time"):
+        both.head
+
+
 def test_a_task_says_what_it_is(digits):
     assert (
         repr(digits) == "Task(digits: 1,437 training and 360 test images of 8×8 pixels, 10 classes, on cpu)"
@@ -492,7 +519,7 @@ def test_joint_holds_the_images_of_all_parts(digits):
     for whole, *parts in ((both.train, digits.train, letters.train), (both.test, digits.test, letters.test)):
         for k in (0, 1):
             assert whole.tensors[k].equal(torch.cat([part.tensors[k] for part in parts]))
-    pairs = tasks.split(digits, relabel=True)
-    for bad in ((), (digits, pairs[0])):
-        with pytest.raises(ValueError, match="one shape and number of classes"):
+    told, pairs = (tasks.split(digits, scenario=name)[0] for name in ("task", "domain"))
+    for bad in ((), (digits, pairs), (digits, told)):
+        with pytest.raises(ValueError, match="one shape, number of classes and heads"):
             tasks.joint(*bad)

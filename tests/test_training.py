@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
 from ewc import EWC, kfac, models, relatives, tasks, training
 
@@ -156,14 +157,14 @@ def test_run_resumes_after_a_kill_with_the_same_numbers(digits, letters, tmp_pat
         pass
 
     class Dying(EWC):
-        def consolidate(self, model, data):
-            super().consolidate(model, data)
+        def consolidate(self, model, data, **options):
+            super().consolidate(model, data, **options)
             Dying.count += 1
             if Dying.count == (4 if many else 2):
                 raise Killed
 
     Dying.count = 0
-    options = dict(epochs=2, lr=0.05)
+    options = dict(epochs=2, lr=0.05, keep_moments=True)
     model, memory, seed = start()
     whole = training.run(model, sequence(digits, letters), memory, seed=seed, **options)
     assert whole.shape == ((2, 3, 3) if many else (3, 3)) and whole.dtype == torch.float64
@@ -177,6 +178,124 @@ def test_run_resumes_after_a_kill_with_the_same_numbers(digits, letters, tmp_pat
     resumed = training.run(model, sequence(digits, letters), memory, checkpoint=file, seed=seed, **options)
     assert torch.equal(resumed, whole)
     assert [f.name for f in tmp_path.iterdir()] == ["run.pt"]  # no half-written file is left
+
+
+def double(task):
+    parts = {"train": task.train.tensors, "test": task.test.tensors}
+    return replace(task, **{name: TensorDataset(x.double(), y) for name, (x, y) in parts.items()})
+
+
+class Heads(nn.Module):
+    """The slow twin of a masked output layer: a body, and an output layer of its own for each task."""
+
+    def __init__(self, model, size):
+        super().__init__()
+        self.body = copy.deepcopy(model[:-1])
+        self.heads = nn.ModuleList(nn.Linear(16, size).double() for _ in range(10 // size))
+        with torch.no_grad():
+            for t, head in enumerate(self.heads):
+                head.weight.copy_(model[-1].weight[size * t : size * (t + 1)])
+                head.bias.copy_(model[-1].bias[size * t : size * (t + 1)])
+
+    def forward(self, x, t):
+        return self.heads[t](self.body(x))
+
+
+def test_a_masked_output_layer_is_separate_heads(digits):
+    """Weights and accuracies after three tasks with EWC, against a loop that knows nothing of this package."""
+    parts = [double(part).take(40, 40) for part in tasks.split(digits, scenario="task")[:3]]
+    model, stacked = (net(digits).double() for _ in range(2))
+    twin, strength = Heads(model, 2), 3.0
+    options = dict(epochs=6, lr=0.01, optimizer="adam", schedule=None, penalty="gradient", batch_size=16)
+    matrix = training.run(model, parts, EWC(strength=strength), **options)
+    together = training.run([stacked], parts, [EWC(strength=strength)], seed=[0], **options)[0]
+
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    fisher = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    star = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    for t, part in enumerate(parts):
+        x, y = part.train.tensors
+        optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+        order = torch.Generator().manual_seed(t)
+        for _ in range(6):
+            for batch in torch.randperm(len(x), generator=order).split(16):
+                optimizer.zero_grad()
+                loss = cross_entropy(twin(x[batch], t), y[batch] - 2 * t)
+                for name, p in twin.named_parameters():
+                    loss = loss + strength / 2 * (fisher[name] * (p - star[name]) ** 2).sum()
+                loss.backward()
+                optimizer.step()
+        for image in x:
+            log_p = twin(image[None], t)[0].log_softmax(0)
+            for k in range(2):
+                twin.zero_grad()
+                log_p[k].backward(retain_graph=True)
+                for name, p in twin.named_parameters():
+                    if p.grad is not None:
+                        fisher[name] += log_p[k].exp().item() * p.grad**2 / len(x)
+        star = {name: p.detach().clone() for name, p in twin.named_parameters()}
+        for j, other in enumerate(parts):
+            images, labels = other.test.tensors
+            expected[t, j] = (twin(images, j).argmax(1) == labels - 2 * j).double().mean()
+
+    for trained, seen in ((model, matrix), (stacked, together)):
+        torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+        body = torch.cat([p.detach().flatten() for p in twin.body.parameters()])
+        torch.testing.assert_close(flat(trained[:-1]), body, rtol=1e-8, atol=1e-10)
+        weight = torch.cat([head.weight for head in twin.heads]).detach()
+        torch.testing.assert_close(trained[-1].weight.detach(), weight, rtol=1e-8, atol=1e-10)
+    assert (expected.diagonal() > 0.8).all()
+
+
+def test_sweep_with_heads_is_fit(digits):
+    part = tasks.split(digits, scenario="task")[1]
+    together = [net(digits, seed=r) for r in range(2)]
+    alone = [copy.deepcopy(m) for m in together]
+    histories = training.sweep(together, part, seeds=[4, 5], epochs=3, watch=[part])
+    for r in range(2):
+        history = training.fit(alone[r], part, seed=4 + r, epochs=3, watch=[part])
+        torch.testing.assert_close(flat(together[r]), flat(alone[r]), rtol=1e-4, atol=1e-6)
+        assert histories[r].accuracy == history.accuracy
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_moments_go_on_from_task_to_task(digits, letters, optimizer):
+    model, twin, stacked = net(digits), net(digits), net(digits)
+    options = dict(epochs=2, lr=0.01, optimizer=optimizer, schedule=None)
+    training.run(model, [digits, letters], keep_moments=True, **options)
+    training.run([stacked], [digits, letters], seed=[0], keep_moments=True, **options)
+    plain = {"sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, lr=0.01)}
+    opt = plain[optimizer](twin.parameters())
+    for t, task in enumerate([digits, letters]):
+        x, y = task.train.tensors
+        order = torch.Generator().manual_seed(t)
+        for _ in range(2):
+            for batch in torch.randperm(len(x), generator=order).split(128):
+                opt.zero_grad()
+                cross_entropy(twin(x[batch]), y[batch]).backward()
+                opt.step()
+    for trained in (model, stacked):
+        torch.testing.assert_close(flat(trained), flat(twin), rtol=1e-3, atol=1e-5)
+    afresh = net(digits)
+    training.run(afresh, [digits, letters], **options)
+    assert (flat(afresh) - flat(twin)).abs().max() > 1e-3
+
+
+def test_steps_end_the_training_within_an_epoch(digits):
+    model, twin = net(digits), net(digits)
+    history = training.fit(model, digits, steps=7, schedule=None, batch_size=100)  # three batches an epoch
+    assert len(history.loss) == 3
+    x, y = digits.train.tensors
+    opt = torch.optim.SGD(twin.parameters(), lr=0.01, momentum=0.9)
+    order = torch.Generator().manual_seed(0)
+    batches = [b for _ in range(3) for b in torch.randperm(len(x), generator=order).split(100)][:7]
+    for batch in batches:
+        opt.zero_grad()
+        loss = cross_entropy(twin(x[batch]), y[batch])
+        loss.backward()
+        opt.step()
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
+    assert history.loss[-1] == pytest.approx(loss.item(), rel=1e-4)  # the third epoch was one batch long
 
 
 def test_run_refuses_a_foreign_or_broken_checkpoint(digits, letters, tmp_path):
