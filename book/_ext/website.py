@@ -86,8 +86,9 @@ def check_alternatives(app: Sphinx, doctree: nodes.document, page: str) -> None:
 
 
 def accessible(body: str) -> str:
-    """Mend what MyST-NB writes: a label that hides the visible words, and formulas that only a mouse can scroll."""
+    """Mend labels that hide the visible words, formulas that only a mouse can scroll, and links in what unfolds a step."""
     body = body.replace(' aria-label="Toggle hidden content"', "")
+    body = re.sub(r"<summary>.*?</summary>", lambda found: re.sub(r"</?a\b[^>]*>", "", found[0]), body, flags=re.DOTALL)
     return body.replace('<div class="output text_latex', '<div tabindex="0" class="output text_latex')
 
 
