@@ -1,5 +1,6 @@
 """Every chapter's download is a notebook of standard Markdown that runs on its own."""
 
+import asyncio
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ import notebooks
 import pytest
 import yaml
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 ROOT = Path(__file__).parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
@@ -77,13 +79,35 @@ def test_every_cell_and_output_of_the_chapter_is_there(site, page):
     assert all("text/html" not in figure["data"] for figure in figures)
 
 
+@pytest.fixture(scope="module")
+def runs(site, request, tmp_path_factory) -> dict[str, tuple[Exception | None, set[str]]]:
+    """Each page's error, if any, and the files that it left; the notebooks run side by side, as many as there are cores."""
+    pages = [item.callspec.params["page"] for item in request.session.items
+             if getattr(item, "originalname", "") == "test_the_notebook_runs_on_its_own"]
+    settings = {"EWC_DATASET": "embedded", "EWC_SCALE": "quick", "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT)}  # stands in for the set-up cell's installation
+    places = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def run(page: str) -> tuple[Exception | None, set[str]]:
+        folder, ipython = tmp_path_factory.mktemp("notebook"), tmp_path_factory.mktemp("ipython")
+        client = NotebookClient(download(site, page), timeout=900, resources={"metadata": {"path": str(folder)}})
+        async with places:
+            try:
+                await client.async_execute(env=os.environ | settings | {"IPYTHONDIR": str(ipython)})
+            except (CellExecutionError, CellTimeoutError) as error:
+                return error, set()
+        return None, set(os.listdir(folder))
+
+    async def everything():
+        return await asyncio.gather(*map(run, pages))
+
+    return dict(zip(pages, asyncio.run(everything())))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EXECUTED)
-def test_the_notebook_runs_on_its_own(site, page, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # stands in for the set-up cell's installation
-    monkeypatch.setenv("EWC_DATASET", "embedded")
-    monkeypatch.setenv("EWC_SCALE", "quick")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = download(site, page)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert not (set(os.listdir(tmp_path)) - {"ipython"}), "a chapter leaves files behind"
+def test_the_notebook_runs_on_its_own(runs, page):
+    error, left = runs[page]
+    if error is not None:
+        pytest.fail(str(error), pytrace=False)
+    assert not left, "a chapter leaves files behind"
