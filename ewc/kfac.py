@@ -26,6 +26,7 @@ from ewc.fisher import unwrap
 __all__ = ["KFAC", "Factors", "factors"]
 
 SETTINGS = ("expand", "reduce")
+KEEP = ("each", "pooled")
 
 
 class Factors(NamedTuple):
@@ -144,16 +145,22 @@ class KFAC:
     task's loss is a mean. There is no damping, because the penalty multiplies by the Fisher and never inverts
     it: directions without curvature stay free.
 
-    Several tasks: one pair of factors per task is kept and their penalties are added, anchored at the newest
-    optimum (the online Laplace approximation of Ritter et al.; Huszár's correction in EWC's terms). The sum
-    of Kronecker products is not a Kronecker product, so merging the pairs into one would misstate it; the
-    price is memory that grows by (inputs + 1)² + outputs² per layer and task.
+    Several tasks: the penalties are added and anchored at the newest optimum (the online Laplace approximation
+    of Ritter et al.; Huszár's correction in EWC's terms). A sum of Kronecker products is in general not a
+    Kronecker product, so there are two ways to keep it:
+
+    - ``keep="each"``: the factors of every task. The sum is exact; memory grows by
+      (inputs + 1)² + outputs² per layer and task, and so does the work of a step.
+    - ``keep="pooled"``: one pair, :math:`\sum_t A_t \otimes G_t \approx \bar A \otimes \sum_t G_t` with the mean
+      :math:`\bar A` of the tasks' A. The size stays, and so does the closed form of :meth:`pull`. Exact if the
+      tasks share A, or share G; otherwise it drops a covariance over the tasks, as K-FAC does over examples.
 
     Before the first :meth:`consolidate` the penalty is 0.
 
     Attributes:
         strength: λ, finite and at least 0; may be changed at any time.
-        tasks: a list with, for each task, layer name -> :class:`Factors`.
+        tasks: a list with, for each task, layer name -> :class:`Factors`; a single entry if pooled.
+        count: how many tasks have been consolidated.
         theta_star: parameter name -> θ*, the newest optimum.
 
     Source: Ritter, Botev and Barber, "Online structured Laplace approximations for overcoming catastrophic
@@ -168,6 +175,7 @@ class KFAC:
         *,
         estimator: str = "exact",
         setting: str = "expand",
+        keep: str = "each",
         generator: torch.Generator | None = None,
     ):
         if estimator not in curvature.ESTIMATORS:
@@ -176,8 +184,11 @@ class KFAC:
             )
         if setting not in SETTINGS:
             raise ValueError(f"unknown setting {setting!r}: use 'expand' or 'reduce'.")
+        if keep not in KEEP:
+            raise ValueError(f"unknown way to keep the factors, {keep!r}: use 'each' or 'pooled'.")
         self.strength = strength
-        self.estimator, self.setting, self.generator = estimator, setting, generator
+        self.estimator, self.setting, self.keep, self.generator = estimator, setting, keep, generator
+        self.count = 0
         self.tasks: list[dict[str, Factors]] = []
         self.theta_star: dict[str, Tensor] = {}
         self._bases: dict[str, tuple[Tensor, ...]] = {}
@@ -201,7 +212,10 @@ class KFAC:
         *,
         classes: Sequence[int] | None = None,
     ) -> None:
-        """Measures the factors on the task just learnt, keeps them, and moves the anchor here.
+        r"""Measures the factors on the task just learnt, keeps them, and moves the anchor here.
+
+        With ``keep="pooled"`` the T-th task changes the factors to
+        :math:`A \leftarrow A + \frac1T (A_T - A)` and :math:`G \leftarrow G + G_T`.
 
         Args:
             model: the network at the task's optimum.
@@ -211,6 +225,8 @@ class KFAC:
         Raises:
             ValueError: what :func:`factors` raises, or a model that is not the stored one. The memory is then
                 as it was.
+
+        Implements: eq-kfac-pooled
         """
         model = unwrap(model)
         if self.tasks:
@@ -218,10 +234,14 @@ class KFAC:
         new = factors(
             model, data, self.estimator, setting=self.setting, generator=self.generator, classes=classes
         )
+        anchors = {n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in new}
+        if self.keep == "pooled" and self.tasks:
+            share, (old,) = 1 / (self.count + 1), self.tasks
+            new = {name: Factors(A.lerp(new[name].A, share), G + new[name].G) for name, (A, G) in old.items()}
+            self.tasks = []
         self.tasks.append(new)
-        self.theta_star = {
-            n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in new
-        }
+        self.count += 1
+        self.theta_star = anchors
         self._bases = {}
 
     def penalty(self, model: nn.Module) -> Tensor:
@@ -249,12 +269,12 @@ class KFAC:
         r"""The proximal step on the penalty, in place: the Δ that solves
         :math:`\Delta + s\lambda\sum_t G_t\Delta A_t = \Delta_0`.
 
-        With one task and a step s that is a number, this is exact and costs four small products: in the bases
-        :math:`G = U g U^\top, A = V a V^\top` every entry of :math:`U^\top \Delta V` is divided by
-        :math:`1 + s\lambda g_i a_j`. With several tasks, or a step for each weight (Adam's), no basis
-        diagonalises the system; conjugate gradients, preconditioned by the mean factors and the mean step,
-        solve it to a relative error of 1e-6 or stop after 50 products. Wherever they stop, the penalty has not
-        risen (but for rounding), whatever λ.
+        With one pair of factors (one task, or pooled) and a step s that is a number, this is exact and costs four
+        small products: in the bases :math:`G = U g U^\top, A = V a V^\top` every entry of
+        :math:`U^\top \Delta V` is divided by :math:`1 + s\lambda g_i a_j`. With several pairs, or a step for each
+        weight (Adam's), no basis diagonalises the system; conjugate gradients, preconditioned by the mean factors
+        and the mean step, solve it to a relative error of 1e-6 or stop after 50 products. Wherever they stop, the
+        penalty has not risen (but for rounding), whatever λ.
 
         Args:
             model: the network being trained.
@@ -263,6 +283,8 @@ class KFAC:
         Raises:
             ValueError: a negative or non-finite step, one that is missing, or a model that is not the stored
                 one.
+
+        Implements: eq-kfac-proximal
         """
         for name, layer in self._layers(unwrap(model)).items():
             size = _step(layer, name, step)
@@ -283,6 +305,8 @@ class KFAC:
             "strength": self.strength,
             "estimator": self.estimator,
             "setting": self.setting,
+            "keep": self.keep,
+            "count": self.count,
             "tasks": [{name: {"A": A, "G": G} for name, (A, G) in task.items()} for task in self.tasks],
             "theta_star": dict(self.theta_star),
         }
@@ -303,8 +327,10 @@ class KFAC:
             state["strength"],
             estimator=state["estimator"],
             setting=state["setting"],
+            keep=state["keep"],
             generator=self.generator,
         )
+        new.count = int(state["count"])
         new.tasks = [
             {
                 name: Factors(pair["A"].detach().clone(), pair["G"].detach().clone())

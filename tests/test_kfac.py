@@ -262,6 +262,40 @@ def test_penalty_and_gradient_are_the_quadratic_forms(kind, tasks):
         close(p.grad, 2 * g)
 
 
+def test_pooled_factors_are_the_mean_a_and_the_sum_of_g():
+    pooled, each = KFAC(1.0, keep="pooled"), KFAC(1.0)
+    for seed in range(3):
+        model, data = build("mlp", seed)
+        pooled.consolidate(model, data)
+        each.consolidate(model, data)
+    assert len(pooled.tasks) == 1 and pooled.count == each.count == 3
+    for name, (A, G) in pooled.tasks[0].items():
+        close(A, sum(task[name].A for task in each.tasks) / 3)
+        close(G, sum(task[name].G for task in each.tasks))
+    assert torch.equal(pooled.theta_star["0.weight"], model[0].weight)
+
+
+def test_pooling_is_exact_where_tasks_share_a_factor():
+    """The first layer sees the same inputs in both tasks, so its A is shared, and differs in G."""
+    pooled, each = KFAC(1.0, keep="pooled"), KFAC(1.0)
+    _, (x, y) = build("mlp")
+    for seed in range(2):
+        model, _ = build("mlp", seed)
+        pooled.consolidate(model, (x, y))
+        each.consolidate(model, (x, y))
+
+    def moved(layer):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other[layer].weight += torch.linspace(-1, 1, other[layer].weight.numel(), dtype=F64).view_as(
+                other[layer].weight
+            )
+        return pooled.penalty(other), each.penalty(other)
+
+    close(*moved(0))
+    assert abs(moved(2)[0] - moved(2)[1]) > 1e-3 * moved(2)[1]
+
+
 def test_the_anchor_is_the_newest_optimum():
     memory = KFAC(1.0)
     for seed in range(2):
@@ -376,6 +410,27 @@ def test_a_single_layer_is_a_model():
     assert 0 < memory.penalty(model) < before
 
 
+def test_a_pooled_memory_goes_on_after_its_checkpoint():
+    memory, _ = consolidated(tasks=2, keep="pooled")
+    again = KFAC(0.0)
+    again.load_state_dict(memory.state_dict())
+    model, data = build("mlp", 7)
+    for m in (memory, again):
+        m.consolidate(model, data)
+    assert again.keep == "pooled" and again.count == 3
+    assert torch.equal(memory.tasks[0]["0"].A, again.tasks[0]["0"].A)
+
+
+def test_pull_of_a_pooled_memory_is_exact():
+    memory, model = consolidated(tasks=3, strength=40.0, keep="pooled")
+    A, G = memory.tasks[0]["2"]
+    start = (model[2].weight - memory.theta_star["2.weight"]).detach()
+    system = torch.eye(12, dtype=F64) + 0.3 * 40.0 * torch.kron(G, A)
+    memory.pull(model, 0.3)
+    expected = torch.linalg.solve(system, start.reshape(-1)).reshape(start.shape)
+    close(model[2].weight.detach() - memory.theta_star["2.weight"], expected)
+
+
 def test_checkpoints_survive_a_file(tmp_path):
     memory, model = consolidated(tasks=2, estimator="empirical", setting="reduce")
     torch.save(memory.state_dict(), tmp_path / "memory.pt")
@@ -482,6 +537,8 @@ def test_bad_input_is_named():
         KFAC(1.0, estimator="fisher")
     with pytest.raises(ValueError, match="'expand' or 'reduce'"):
         KFAC(1.0, setting="sum")
+    with pytest.raises(ValueError, match="'each' or 'pooled'"):
+        KFAC(1.0, keep="sum")
     with pytest.raises(ValueError, match="'expand' or 'reduce'"):
         kfac.factors(model, (x, y), setting="sum")
     with pytest.raises(ValueError, match="no example"):
