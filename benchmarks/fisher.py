@@ -1,8 +1,8 @@
 """Times the diagonal Fisher of `ewc` against its peers, in one process, and prints ratios.
 
-    python -m benchmarks.fisher                  # everything that is installed
-    python -m benchmarks.fisher --json out.json  # the same, for machines
-    pip install -r benchmarks/requirements.txt   # the peers
+    python -m benchmarks.fisher                              # everything that is installed
+    EWC_RECORD=1 EWC_SCALE=full python -m benchmarks.fisher  # the same, kept for the chapter "fast code"
+    pip install -r benchmarks/requirements.txt               # the peers
 
 Every method computes the mean per example over the same images. One round times each method once, in turn; the ratio
 is to a plain forward and backward pass over the same images in the same round, and the median over rounds is printed.
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from ewc import fisher, tasks
+from ewc import fisher, recorded, tasks
 
 Diagonal = dict[str, Tensor]
 FEW = 24  # images on which the errors are measured
@@ -157,12 +155,12 @@ METHODS: list[tuple[str, str, Callable[[], Callable], int]] = [
     ("ewc, tolerance 1e-2", "exact", lambda: own("exact", tolerance=1e-2), 1),
     ("loop, batch size 1", "empirical", lambda: one_at_a_time(False), SLOW),
     ("loop, every class", "exact", lambda: one_at_a_time(True), 5 * SLOW),
-    ("torch.func vmap(grad)", "empirical", lambda: torch_func, 1),
-    ("BackPACK SumGradSquared", "empirical", lambda: backpack("SumGradSquared"), 1),
-    ("BackPACK DiagGGNMC", "sampled", lambda: backpack("DiagGGNMC"), 1),
-    ("BackPACK DiagGGNExact", "exact", lambda: backpack("DiagGGNExact"), 1),
-    ("NNGeometry PMatDiag", "exact", nngeometry, 1),
-    ("laplace-torch BackPackGGN", "exact", laplace, 1),
+    ("torch.func vmap(grad)", "empirical", lambda: torch_func, SLOW),
+    ("BackPACK SumGradSquared", "empirical", lambda: backpack("SumGradSquared"), 5),
+    ("BackPACK DiagGGNMC", "sampled", lambda: backpack("DiagGGNMC"), 5),
+    ("BackPACK DiagGGNExact", "exact", lambda: backpack("DiagGGNExact"), 5),
+    ("NNGeometry PMatDiag", "exact", nngeometry, 5),
+    ("laplace-torch BackPackGGN", "exact", laplace, 5),
 ]
 
 
@@ -201,8 +199,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
 def measure(
     networks: Sequence[str] = tuple(NETWORKS),
     methods: str = "",
-    images: int = 2000,
-    rounds: int = 7,
+    images: int = 10_000,
+    rounds: int = 5,
     epochs: int = 10,
     data: str | None = None,
 ) -> list[dict]:
@@ -275,33 +273,24 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def machine(device: torch.device) -> str:
-    """The device, thread count and version, in words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--methods", default="", help="only those whose name contains this")
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", help="a data set of ewc.tasks.load")
-    parser.add_argument("--json", help="also write the measurements to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = measure(
         arguments.networks, arguments.methods, images=arguments.images, rounds=arguments.rounds,
         epochs=arguments.epochs, data=arguments.data,
     )
-    print(machine(tasks.device()))
+    print(f"{recorded.machine(tasks.device())}, torch {torch.__version__}")
     print(table(rows))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"machine": machine(tasks.device()), "images": arguments.images, "rows": rows}, file, indent=1)
+    recorded.keep("benchmark-fisher", {"images": arguments.images, "epochs": arguments.epochs, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.fisher import NETWORKS, machine, seconds
-from ewc import EWC
+from benchmarks.fisher import NETWORKS, seconds
+from ewc import EWC, recorded
 
 
 def measure(network: str = "256-256", batch_size: int = 128, steps: int = 20, rounds: int = 15) -> dict[str, float]:
@@ -69,9 +69,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(machine(torch.device("cpu")))
-    for name, ratio in measure(arguments.network).items():
+    print(f"{recorded.machine(torch.device('cpu'))}, torch {torch.__version__}")
+    ratios = measure(arguments.network)
+    for name, ratio in ratios.items():
         print(f"{name:34} {ratio:6.3f}")
+    recorded.keep("benchmark-penalty", {"network": arguments.network, "ratios": ratios})
 
 
 if __name__ == "__main__":

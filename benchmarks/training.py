@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from benchmarks.fisher import machine, seconds
-from ewc import EWC, models, tasks, training
+from benchmarks.fisher import seconds
+from ewc import EWC, models, recorded, tasks, training
 
 
 class Pictures(Dataset):
@@ -106,15 +106,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     first, second = tasks.pair()
-    print(machine(first.device))
+    print(f"{recorded.machine(first.device)}, torch {torch.__version__}")
     measured = epochs(first)
     ours = measured["fit, batch 128"]
     for name, value in measured.items():
         print(f"{name:46} {value:7.2f} s an epoch  {value / ours:5.2f} x")
     alone, together = runs(first, second, arguments.runs)
     print(f"{arguments.runs} runs: in turn {alone:.2f} s, at once {together:.2f} s, ratio {together / alone:.2f}")
+    results = {"epoch": measured, "runs": arguments.runs, "in turn": alone, "at once": together}
     if first.device.type == "cuda":
-        print(f"50 runs of the whole experiment: {whole_sweep(first, second):.1f} s")
+        results["whole sweep of 50"] = whole_sweep(first, second)
+        print(f"50 runs of the whole experiment: {results['whole sweep of 50']:.1f} s")
+    recorded.keep("benchmark-training", results)
 
 
 if __name__ == "__main__":

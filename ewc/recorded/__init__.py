@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,22 @@ def keep(name: str, results: dict[str, Any]) -> None:
     """
     if os.environ.get("EWC_RECORD") != "1" or tasks.scale() != "full":
         return
-    device = tasks.device()
     made = {
         "data": " → ".join(task.title for task in tasks.pair()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": machine(tasks.device()),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     (FOLDER / f"{name}.json").write_text(json.dumps({"made": made, "results": results}, indent=1) + "\n")
+
+
+def machine(device: torch.device) -> str:
+    """The device in words: the graphics card's name, or the processor's and the number of threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the name
+    names = re.findall(r"^model name\s*: (.+)$", about.read_text() if about.exists() else "", flags=re.MULTILINE)
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def load(name: str) -> dict[str, Any]:
