@@ -135,6 +135,8 @@ class Task:
         Args:
             logits: shape ``(..., n, classes)``.
             labels: the images' classes, shape ``(n,)`` or ``(..., n)``; only the head they belong to is used.
+
+        Implements: eq-restricted-softmax
         """
         return logits if self.heads is None else logits.masked_fill(self._elsewhere[labels], -math.inf)
 
