@@ -21,8 +21,12 @@ test-site: $(READY) node_modules/axe-core
 node_modules/axe-core:
 	@if command -v npm > /dev/null; then npm install --silent --no-save --no-package-lock --no-audit --no-fund --prefix . axe-core@4.14.1; fi
 
+# A double click on a chapter opens it as a notebook, and no news are fetched (by settings of this environment, not of the reader's own).
+VIEWER := {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Jupytext Notebook"}}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=book
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '$(VIEWER)' > .venv/share/jupyter/lab/settings/overrides.json
+	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter lab --notebook-dir=book
 
 serve:
 	@test -f _build/html/index.html || { echo "There is no book yet: run 'make book' first."; exit 1; }
