@@ -195,3 +195,8 @@ def test_the_twin_has_exactly_this_one_mistake(name):
 def test_only_a_room_can_be_repaired():
     with pytest.raises(KeyError):
         museum.repaired(museum.zeros)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_the_page_shows_every_room_from_its_source(name):
+    assert f":pyobject: {name}\n" in PAGE.read_text()
