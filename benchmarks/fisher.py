@@ -284,13 +284,15 @@ def main() -> None:
     parser.add_argument("--data", help="a data set of ewc.tasks.load")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = measure(
-        arguments.networks, arguments.methods, images=arguments.images, rounds=arguments.rounds,
-        epochs=arguments.epochs, data=arguments.data,
-    )
     print(f"{recorded.machine(tasks.device())}, torch {torch.__version__}")
-    print(table(rows))
-    recorded.keep("benchmark-fisher", {"images": arguments.images, "epochs": arguments.epochs, "rows": rows})
+    for network in arguments.networks:
+        rows = measure(
+            [network], arguments.methods, images=arguments.images, rounds=arguments.rounds, epochs=arguments.epochs,
+            data=arguments.data,
+        )
+        print(table(rows), flush=True)
+        results = {"images": arguments.images, "epochs": arguments.epochs, "rows": rows}
+        recorded.keep(f"benchmark-fisher-{network}", results)
 
 
 if __name__ == "__main__":
