@@ -1,4 +1,4 @@
-r"""Twins of the book's functions, each with exactly one mistake that has been made in public: wrong on purpose.
+r"""Twins of the book's functions, each with exactly one mistake, most of them seen in public code: wrong on purpose.
 
 Every function here looks like a plain version of something in the package and differs from a right one in a single
 place, which `REPAIRS` names and `repaired` mends. They are for the chapter on bugs and for the tests, which prove that
@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 from torch.nn.functional import cross_entropy, nll_loss
 
-Named = Mapping[str, Tensor]
+Named = dict[str, Tensor]  # by parameter name
 
 
-def zeros(model: nn.Module) -> dict[str, Tensor]:
+def zeros(model: Module) -> Named:
     """A zero for every parameter, by name."""
     return {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
 
-def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def gradient(model: Module, loss: Tensor) -> Named:
     """The gradient of a loss, by parameter name."""
     grads = torch.autograd.grad(loss, list(model.parameters()))
     return dict(zip((name for name, _ in model.named_parameters()), grads))
@@ -36,8 +37,8 @@ def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 # ---- the Fisher -----------------------------------------------------------------------------------------------------
 
 
-def room_1(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 32) -> dict[str, Tensor]:
-    """Meant: the empirical Fisher, the mean over the examples of the squared gradient at the data's label."""
+def room_1(model: Module, x: Tensor, y: Tensor, batch_size: int = 32) -> Named:
+    """Meant: the empirical Fisher, a mean over the examples."""
     model.eval()
     fisher = zeros(model)
     for images, labels in zip(x.split(batch_size), y.split(batch_size)):
@@ -47,8 +48,8 @@ def room_1(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 32) -> dict
     return fisher
 
 
-def room_2(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Meant: the empirical Fisher, the mean over the examples of the squared gradient at the data's label."""
+def room_2(model: Module, x: Tensor, y: Tensor) -> Named:
+    """Meant: the empirical Fisher, a mean over the examples."""
     model.eval()
     fisher = zeros(model)
     for image, label in zip(x.split(1), y.split(1)):
@@ -59,8 +60,8 @@ def room_2(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return fisher
 
 
-def room_3(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Meant: the empirical Fisher of the network as it will be used, which is left as it was."""
+def room_3(model: Module, x: Tensor, y: Tensor) -> Named:
+    """Meant: the empirical Fisher of the network as it will be used."""
     model.train()
     fisher = zeros(model)
     for image, label in zip(x.split(1), y.split(1)):
@@ -70,8 +71,8 @@ def room_3(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return fisher
 
 
-def room_4(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 32) -> dict[str, Tensor]:
-    """Meant: the empirical Fisher, the mean over the examples of the squared gradient at the data's label."""
+def room_4(model: Module, x: Tensor, y: Tensor, batch_size: int = 32) -> Named:
+    """Meant: the empirical Fisher, a mean over the examples."""
     model.eval()
     fisher = zeros(model)
     batches = list(zip(x.split(batch_size), y.split(batch_size)))
@@ -83,7 +84,7 @@ def room_4(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 32) -> dict
     return {name: total / len(batches) for name, total in fisher.items()}
 
 
-def room_5(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def room_5(model: Module, x: Tensor, y: Tensor) -> Named:
     """Meant: the empirical Fisher, a number for every weight."""
     model.eval()
     fisher = zeros(model)
@@ -94,8 +95,8 @@ def room_5(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return fisher
 
 
-def room_6(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Meant: the empirical Fisher, the mean over the examples of the squared gradient at the data's label."""
+def room_6(model: Module, x: Tensor, y: Tensor) -> Named:
+    """Meant: the empirical Fisher, a mean over the examples."""
     model.eval()
     fisher = zeros(model)
     for image, label in zip(x.split(1), y.split(1)):
@@ -110,7 +111,7 @@ def room_6(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 def room_7(features: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
     """Meant: a perceptron whose outputs are the logits of a softmax."""
-    layers: list[nn.Module] = [nn.Flatten()]
+    layers: list[Module] = [nn.Flatten()]
     for inputs, outputs in pairwise([features, *hidden, classes]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers)
@@ -119,16 +120,16 @@ def room_7(features: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
 # ---- the penalty ----------------------------------------------------------------------------------------------------
 
 
-def room_8(model: nn.Module, fisher: Named, anchor: Named, strength: float) -> Tensor:
-    r"""Meant: the penalty :math:`\tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2`."""
+def room_8(model: Module, fisher: Named, anchor: Named, strength: float) -> Tensor:
+    """Meant: EWC's penalty, half of strength times F times the squared distance."""
     total = torch.zeros(())
     for name, p in model.named_parameters():
         total = total + (fisher[name] * (p - anchor[name]) ** 2).sum()
     return strength * total
 
 
-def room_9(model: nn.Module, fisher: Named, anchor: Named, strength: float) -> Tensor:
-    r"""Meant: the penalty :math:`\tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2`, for heads that grow."""
+def room_9(model: Module, fisher: Named, anchor: Named, strength: float) -> Tensor:
+    """Meant: EWC's penalty again, for a network whose head may grow."""
     total = torch.zeros(())
     for name, p in model.named_parameters():
         saved = anchor[name]
@@ -137,7 +138,7 @@ def room_9(model: nn.Module, fisher: Named, anchor: Named, strength: float) -> T
     return strength / 2 * total
 
 
-def room_10(model: nn.Module) -> dict[str, Tensor]:
+def room_10(model: Module) -> Named:
     """Meant: the anchor, the weights as they are at this moment."""
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -145,8 +146,10 @@ def room_10(model: nn.Module) -> dict[str, Tensor]:
 # ---- many tasks -----------------------------------------------------------------------------------------------------
 
 
-def room_11(model: nn.Module, fishers: Sequence[Named], anchor: Named, strength: float, decay: float) -> Tensor:
-    r"""Meant: online EWC, one penalty with :math:`F \leftarrow \gamma F + F_t` over the tasks, oldest first."""
+def room_11(
+    model: Module, fishers: Sequence[Named], anchor: Named, strength: float, decay: float
+) -> Tensor:
+    """Meant: online EWC. Old Fishers decay when a new one is added; oldest first."""
     total = zeros(model)
     for fisher in fishers:
         total = {name: decay * total[name] + fisher[name] for name in total}
@@ -156,7 +159,7 @@ def room_11(model: nn.Module, fishers: Sequence[Named], anchor: Named, strength:
     return strength / 2 * springs
 
 
-def room_12(models: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+def room_12(models: Sequence[Module]) -> list[Named]:
     """Meant: the anchor of every task, the weights of each network in turn."""
     anchor, anchors = {}, []
     for model in models:
