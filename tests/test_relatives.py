@@ -283,3 +283,46 @@ def test_mas_of_tied_and_frozen_weights():
         memory.consolidate(model, (x[:0], y[:0]))
     with pytest.raises(ValueError, match="no trainable parameter"):
         MemoryAwareSynapses(1.0).consolidate(model.requires_grad_(False), (x, y))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "power"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 2),
+        (lambda p: torch.optim.Adam(p, lr=0.1, eps=0.0), 1),
+    ],
+)
+def test_si_goes_with_the_squared_gradient_under_sgd_and_with_its_root_under_adam(optimizer, power):
+    """The same gradients, c times as large: SGD moves c times as far, Adam as far as before."""
+    found = []
+    for c in (1.0, 8.0):
+        model, memory = Weights([0.0] * 5), SynapticIntelligence(1.0, damping=1e12)
+        rule = optimizer(model.parameters())
+        for g in torch.randn(60, 5, dtype=F64, generator=torch.Generator().manual_seed(0)):
+            model.theta.grad = c * (1 + g)
+            memory.record(model)
+            rule.step()
+        memory.consolidate(model)
+        found.append(memory.fisher["theta"])
+    assert found[0].min() > 0
+    close(found[1], 8.0**power * found[0], rtol=1e-5)  # the squared distance moved is lost in the damping
+
+
+@pytest.mark.parametrize(("kind", "power"), [(EWC, 2), (MemoryAwareSynapses, 1), (L2, 0)])
+def test_the_same_network_written_with_another_scale(kind, power):
+    """A hidden ReLU unit's inputs times c, its outputs divided by c: only EWC's penalty does not notice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    other, c = copy.deepcopy(model), 8.0
+    with torch.no_grad():
+        other[0].weight[1] *= c
+        other[0].bias[1] *= c
+        other[2].weight[:, 1] /= c
+    close(other(batch()[0]), model(batch()[0]))
+    one, two = kind(1.0), kind(1.0)
+    one.consolidate(model, batch())
+    two.consolidate(other, batch())
+    expected = one.fisher["0.weight"].clone()
+    assert expected[1].abs().sum() > 0
+    expected[1] /= c**power
+    close(two.fisher["0.weight"], expected)
