@@ -217,10 +217,6 @@ def test_code_that_implements_no_equation_fails_the_build_when_required(build):
     assert "ewc.sums.Sum.square implements eq-other, but no equation has that label" in book.messages
 
 
-# Labels of chapters that are still to be written; empty when the book is complete.
-TO_COME: set[str] = set()
-
-
 def test_code_and_equations_name_each_other():
     text = "\n".join(path.read_text() for path in (ROOT / "book").glob("*.md"))
     written = {
@@ -228,7 +224,7 @@ def test_code_and_equations_name_each_other():
         *re.findall(r'verify\.show\(\s*"(eq-[\w-]+)"', text),
     }
     implemented = ledger.implementations(ROOT)
-    dangling = {label: code[0].name for label, code in implemented.items() if label not in written | TO_COME}
+    dangling = {label: code[0].name for label, code in implemented.items() if label not in written}
     assert not dangling, "docstrings name equations that the book does not have"
 
 
