@@ -252,7 +252,7 @@ def test_symbols_light_up_both_ways(site, server, browser):
         tab.mouse.move(1, 1)
         tab.keyboard.press("Escape")
         assert not tab.evaluate(lit, there)
-        place = tab.locator(here).first
+        place = tab.locator(here).locator("visible=true").first  # not in what is folded
         place.scroll_into_view_if_needed()
         place.hover()
         assert tab.evaluate(lit, there)

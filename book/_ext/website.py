@@ -24,7 +24,8 @@ ICONS = [
     "outdent", "pencil-alt", "play", "rocket", "sun", "xmark",
 ]
 UNUSED = (
-    "scripts/fontawesome.js", "scripts/fontawesome.js.LICENSE.txt", "vendor/fontawesome", "locales", "webpack-macros.html"
+    "scripts/fontawesome.js", "scripts/fontawesome.js.LICENSE.txt", "vendor/fontawesome", "locales",
+    "webpack-macros.html", "sbt-webpack-macros.html",
 )
 
 

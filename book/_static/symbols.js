@@ -15,6 +15,20 @@
     stop(box);
   }
 
+  // A formula in the text cannot break: one that is wider than its column scrolls by itself, not the page.
+  const fit = box => {
+    const formula = box.querySelector("mjx-container");
+    const column = box.closest("p, li, dd, dt, td, th, figcaption, summary, div");
+    const wide = Boolean(formula) && formula.offsetWidth > column.clientWidth;
+    box.classList.toggle("wide", wide);
+    if (wide) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  };
+  const inline = [...document.querySelectorAll("span.math")];
+  const set = new MutationObserver(records => new Set(records.map(record => record.target)).forEach(fit));
+  for (const box of inline) set.observe(box, { childList: true });
+  addEventListener("resize", () => inline.forEach(fit));
+
   const holder = document.getElementById("symbols-data");
   if (!holder) return;
   const { symbols, codes } = JSON.parse(holder.textContent);
