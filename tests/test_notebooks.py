@@ -16,7 +16,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 ROOT = Path(__file__).parent.parent
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(entry["file"] for part in TOC["parts"] for entry in part["chapters"])]
-EXECUTED = [page for page in PAGES if "{code-cell}" in (ROOT / f"{page}.md").read_text()]
+EXECUTED = [page for page in PAGES if (ROOT / f"{page}.md").read_text().startswith("---\njupytext:")]
 MYST = re.compile(r"^\s*(?:`{3,}|:{3,})\{|\{[a-z:]+\}`|\]\([\w-]+\.md\)|^\([\w-]+\)=$|\\class\{", flags=re.MULTILINE)
 
 
@@ -63,7 +63,8 @@ def test_the_text_is_standard_markdown(site, page):
     assert texts[0].startswith("# ")
     for text in texts:
         prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
-        assert not MYST.search(text), MYST.search(text)
+        left = MYST.search(re.sub(r"^```\w*\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))  # code may look like a role
+        assert not left, left
         assert prose.count("$$") % 2 == 0
         assert len(re.findall(r"\\tag\{", prose)) <= prose.count("$$") // 2
 
