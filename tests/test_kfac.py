@@ -334,8 +334,9 @@ def test_pull_minimises_the_proximal_objective(tasks, step, strength):
         assert moved.norm() > 0
 
 
-def test_pull_with_one_task_is_exact():
-    memory, model = consolidated(strength=40.0)
+@pytest.mark.parametrize("options", [{}, {"tasks": 3, "keep": "pooled"}], ids=["one task", "pooled"])
+def test_pull_with_one_pair_of_factors_is_exact(options):
+    memory, model = consolidated(strength=40.0, **options)
     A, G = memory.tasks[0]["2"]
     start = (model[2].weight - memory.theta_star["2.weight"]).detach()
     system = torch.eye(12, dtype=F64) + 0.3 * 40.0 * torch.kron(G, A)
@@ -419,16 +420,6 @@ def test_a_pooled_memory_goes_on_after_its_checkpoint():
         m.consolidate(model, data)
     assert again.keep == "pooled" and again.count == 3
     assert torch.equal(memory.tasks[0]["0"].A, again.tasks[0]["0"].A)
-
-
-def test_pull_of_a_pooled_memory_is_exact():
-    memory, model = consolidated(tasks=3, strength=40.0, keep="pooled")
-    A, G = memory.tasks[0]["2"]
-    start = (model[2].weight - memory.theta_star["2.weight"]).detach()
-    system = torch.eye(12, dtype=F64) + 0.3 * 40.0 * torch.kron(G, A)
-    memory.pull(model, 0.3)
-    expected = torch.linalg.solve(system, start.reshape(-1)).reshape(start.shape)
-    close(model[2].weight.detach() - memory.theta_star["2.weight"], expected)
 
 
 def test_checkpoints_survive_a_file(tmp_path):
