@@ -23,6 +23,8 @@ COLORS = ("#0a66ad", "#c4510c", "#00785a", "#a03a8c", "#866700", "#5b6470")
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (6, 2, 1.2, 2)), (0, (8, 3)), (0, (3, 1.5)))
+SPACING = 0.1  # markers are this part of the axes apart...
+FEW = 15  # ...but on a line of so few points every point has its own: a single one would have none
 INK, GRID = "#0b0c0d", "#d5d9e0"  # replaced by CSS in the page; INK is its text colour
 
 
@@ -54,7 +56,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 6.6, height: float
 
     cycle = {name: [style(k)[name] for k in range(len(COLORS))] for name in style(0)}
     mpl.rcParams.update({
-        "axes.prop_cycle": cycler(**cycle, markevery=[0.1] * len(COLORS)),  # markers a tenth of the axes apart
+        "axes.prop_cycle": cycler(**cycle, markevery=[SPACING] * len(COLORS)),
         "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
@@ -91,8 +93,12 @@ def show(fig: Figure, *, alt: str) -> Picture:
         ValueError: if `alt` is empty.
     """
     import matplotlib as mpl
+    from matplotlib.lines import Line2D
 
     alt = _described(alt)
+    for line in fig.findobj(Line2D):
+        if line.get_markevery() == SPACING and len(line.get_xdata()) <= FEW:
+            line.set_markevery(None)
     png, svg = io.BytesIO(), io.StringIO()
     fig.savefig(png, format="png", dpi=110, facecolor="white")
     with mpl.rc_context({"svg.hashsalt": alt, "svg.fonttype": "path"}):  # the salt makes the file reproducible

@@ -146,3 +146,13 @@ def test_an_explorable_takes_no_infinities():
 def test_importing_the_module_leaves_matplotlib_alone():
     code = "import sys, ewc.plotting; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("points", "every"), [(1, None), (plotting.FEW, None), (plotting.FEW + 1, plotting.SPACING)])
+def test_a_line_of_few_points_shows_each_of_them(points, every):
+    fig, ax = plotting.figure()
+    line, _, _ = ax.errorbar(range(points), range(points), 1)
+    asked, = ax.plot(range(points), markevery=2)
+    plotting.show(fig, alt="A line with some points and their error bars.")
+    assert line.get_markevery() == every
+    assert asked.get_markevery() == 2  # what a chapter asks for stays
