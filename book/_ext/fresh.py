@@ -3,6 +3,9 @@
 MyST-NB's cache looks at the cells of a page and at nothing else. Here the cache's folder is named by a hash of all
 the rest: the package, the requirements, the installed versions, the data set, the scale and the device. The same
 hash is a configuration value of Sphinx, so that an incremental build reads every page again when it changes.
+
+Nor is the site ever a mixture: pages print each other's titles, numbers and checks, so when any source has changed
+all of them are written, also when the build before was stopped halfway or printed the PDF.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 
 FILES = ("ewc/**/*.py", "ewc/recorded/*.json", "benchmarks/**/*.py", "requirements.txt")
+MACHINERY = ("book/_ext/*.py",)
+SOURCES = ("_toc.yml", "book/*.md", "book/*.yml", "book/*.bib")
 KEEP = 8  # caches of earlier keys, so that going back to another scale or data set costs nothing
 
 
@@ -54,10 +59,10 @@ def settings() -> dict[str, str]:
     return {"data": os.environ["EWC_DATASET"], "scale": tasks.scale(), "device": name}
 
 
-def key(root: Path, **facts: dict[str, str]) -> str:
-    """A hash of the files that any page can depend on, and of `facts`."""
+def key(root: Path, patterns: tuple[str, ...] = FILES, **facts: dict[str, str]) -> str:
+    """A hash of the files that match, by default those that any page's numbers can depend on, and of `facts`."""
     digest = hashlib.sha256(repr(sorted(facts.items())).encode())
-    for file in sorted(f for pattern in FILES for f in root.glob(pattern)):
+    for file in sorted(f for pattern in patterns for f in root.glob(pattern)):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -77,6 +82,8 @@ def on_config(app: Sphinx, config: Config) -> None:
 
     app.ewc_settings, app.ewc_versions = settings(), versions(root)
     config.ewc_key = key(root, settings=app.ewc_settings, versions=app.ewc_versions)
+    config.ewc_machinery = key(root, MACHINERY)
+    config.ewc_site = key(root, SOURCES, keys={"numbers": config.ewc_key, "machinery": config.ewc_machinery})
     caches = build / ".jupyter_cache"
     here = caches / config.ewc_key
     here.mkdir(parents=True, exist_ok=True)
@@ -100,7 +107,9 @@ def forget_failure(app: Sphinx, exception: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    app.add_config_value("ewc_key", "", "env")
+    app.add_config_value("ewc_key", "", "env")  # when it changes, all pages are read
+    app.add_config_value("ewc_machinery", "", "env")
+    app.add_config_value("ewc_site", "", "html")  # when it changes, all pages are written; noted after the last one is
     app.connect("config-inited", on_config, priority=100)
     app.connect("env-get-outdated", outdated)
     app.connect("build-finished", forget_failure)
