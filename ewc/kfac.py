@@ -101,9 +101,8 @@ def factors(
         )
         for name, layer in layers.items()
     }
-    counts = torch.zeros(
-        1 + len(layers), dtype=kind, device=weight.device
-    )  # examples, then each layer's rows
+    # Examples, then each layer's rows; counted on the host, so that no batch has to wait for the device.
+    counts = torch.zeros(1 + len(layers), dtype=kind)
     with curvature.evaluating(model), torch.enable_grad():
         for x, y in curvature.batches(data, batch_size):
             x, y = curvature.like(x, weight), y.to(weight.device)
@@ -126,7 +125,8 @@ def factors(
                     d = _positions(layers[name], delta)
                     d = _by_example(name, d, len(x)).sum(1) if setting == "reduce" else d.flatten(0, -2)
                     total.G.addmm_(d.T.to(kind), d.to(kind))
-            counts += torch.tensor([len(x), *map(len, inputs)]).to(counts)
+            counts += torch.tensor([len(x), *map(len, inputs)])
+    counts = counts.to(weight.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for total in (counts, *(matrix for pair in sums.values() for matrix in pair)):
             torch.distributed.all_reduce(total)
@@ -288,14 +288,15 @@ class KFAC:
         """
         for name, layer in self._layers(unwrap(model)).items():
             size = _step(layer, name, step)
-            if not size.any():
+            number = isinstance(size, float)
+            if not (size if number else size.any()):
                 continue
             anchor = self._anchor(name)
             start = _matrix(layer) - anchor
-            if len(self.tasks) == 1 and size.ndim == 0:
+            if len(self.tasks) == 1 and number:
                 delta = self._shrink(name, start, size)
             else:
-                delta = self._conjugate_gradients(name, start, size)
+                delta = self._conjugate_gradients(name, start, torch.as_tensor(size).to(start))
             for parameter, part in _parts(layer, anchor + delta):
                 parameter.copy_(part)
 
@@ -379,7 +380,7 @@ class KFAC:
             self._bases[name] = U, V, torch.outer(g.clamp(min=0), a.clamp(min=0))  # rounding may leave -1e-9
         return self._bases[name]
 
-    def _shrink(self, name: str, delta: Tensor, step: Tensor) -> Tensor:
+    def _shrink(self, name: str, delta: Tensor, step: float | Tensor) -> Tensor:
         U, V, curvatures = (part.to(delta) for part in self._basis(name))
         return U @ ((U.T @ delta @ V) / (1 + step * self.strength * curvatures)) @ V.T
 
@@ -538,8 +539,11 @@ def _parts(layer: nn.Module, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]
     return [(parameter, part) for parameter, part in parts if parameter.requires_grad]
 
 
-def _step(layer: nn.Module, name: str, step: float | Mapping[str, Tensor]) -> Tensor:
-    """The step as a number or, if it differs between weights, as a matrix of the layer's shape."""
+def _step(layer: nn.Module, name: str, step: float | Mapping[str, Tensor]) -> float | Tensor:
+    """The step as a number or, if it differs between weights, as a matrix of the layer's shape.
+
+    A number stays on the host: to ask a tensor on a GPU for its value would stop the queue at every step.
+    """
     if isinstance(step, Mapping):
         prefix = f"{name}." if name else ""
         own = {key: p for key, p in layer.named_parameters(recurse=False)}
@@ -550,8 +554,10 @@ def _step(layer: nn.Module, name: str, step: float | Mapping[str, Tensor]) -> Te
                 )
         spread = {key: torch.as_tensor(step[prefix + key]).to(p).expand_as(p) for key, p in own.items()}
         size = _joined(spread["weight"], spread.get("bias"))
+        sound = bool(size.isfinite().all() and (size >= 0).all())
     else:
-        size = torch.as_tensor(step, dtype=layer.weight.dtype, device=layer.weight.device)
-    if not (size.isfinite().all() and (size >= 0).all()):
+        size = float(step)
+        sound = math.isfinite(size) and size >= 0
+    if not sound:
         raise ValueError(f"step is a learning rate: finite and at least 0; got {step!r}.")
     return size
