@@ -402,11 +402,10 @@ class Write(SphinxPostTransform):
                     [self.link(row["label"]), nodes.Text(" "), nodes.literal("", row["label"])],
                     [parts.page_link(self.env, row["page"])],
                     [self.mark(row)],
-                    code,
-                    [nodes.literal("", test) for test in tests],
+                    [*code, *(nodes.literal("", test) for test in tests)],
                 ]
             )
-        return [*out, parts.table(["Equation", "Page", "How it is known", "Code", "Tests"], body, "ledger")]
+        return [*out, parts.table(["Equation", "Page", "How it is known", "Code and test"], body, "ledger")]
 
 
 def link_docstrings(app, what, name, obj, options, lines):
