@@ -75,7 +75,7 @@ class EWC:
         self.theta_star: dict[str, Tensor] = {}
         self.constant = 0.0
         self.tasks = 0
-        self._weights: tuple[tuple, list[Tensor]] | None = None  # of the last `pull`, by step and strength
+        self._springs: _Springs | None = None  # what `pull` derives from the Fisher
 
     @property
     def strength(self) -> float:
@@ -153,7 +153,7 @@ class EWC:
         self.constant = self.decay * self.constant + gained if self.anchors == "each" else 0.0
         self.fisher, self.theta_star = new_fisher, new_star
         self.tasks += 1
-        self._weights = None
+        self._springs = None
 
     def penalty(self, model: nn.Module) -> Tensor:
         r"""The value :math:`\tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2`, a scalar with a gradient.
@@ -224,35 +224,27 @@ class EWC:
         """
         if not (self.tasks and self.strength):
             return
-        model = _fisher.unwrap(model)
-        parameters = self._matched(model)
+        parameters = self._matched(_fisher.unwrap(model))
         fisher, star = self._stored()
+        if self._springs is None or not self._springs.belong_to(fisher):
+            self._springs = _Springs(fisher)
         if isinstance(step, Mapping):
             missing = [name for name in self.fisher if name not in step]
             if missing:
                 raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
-            weights = [_share(f * step[name] * self.strength) for name, f in self.fisher.items()]
+            shares = self._springs.shares_of_each([step[name] for name in self.fisher], self.strength)
         else:
             if not (math.isfinite(step) and step >= 0):
                 raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
-            if step == 0:
+            if step * self.strength == 0:
                 return
-            key = (step * self.strength, *((id(f), f._version) for f in fisher))
-            if self._weights is None or self._weights[0] != key:  # a constant learning rate pays once
-                weights = self._weights[1] if self._weights else [torch.empty_like(f) for f in fisher]
-                torch._foreach_copy_(weights, fisher)
-                torch._foreach_mul_(weights, step * self.strength)
-                torch._foreach_reciprocal_(weights)  # x / (1 + x) = 1 / (1 + 1 / x), in place: no new memory
-                torch._foreach_add_(weights, 1.0)
-                torch._foreach_reciprocal_(weights)
-                self._weights = key, weights
-            weights = self._weights[1]
+            shares = self._springs.shares(step * self.strength)
         used = [i for i, p in enumerate(parameters) if p.requires_grad]
         if used:
             torch._foreach_lerp_(
                 [parameters[i] for i in used],
                 [star[i] for i in used],
-                [weights[i].to(star[i].dtype) for i in used],
+                [shares[i].to(star[i].dtype) for i in used],
             )
 
     def state_dict(self) -> dict:
@@ -329,21 +321,28 @@ class EWC:
         """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
         self.fisher = {name: t.to(*args, **kwargs) for name, t in self.fisher.items()}
         self.theta_star = {name: t.to(*args, **kwargs) for name, t in self.theta_star.items()}
-        self._weights = None
+        self._springs = None
         return self
 
     def _stored(self) -> tuple[list[Tensor], list[Tensor]]:
         return list(self.fisher.values()), list(self.theta_star.values())
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_springs": None}  # made again when needed; a copy has a Fisher of its own
+
     def _matched(self, model: nn.Module) -> list[Tensor]:
         """The model's parameters in the order of the stored ones."""
-        parameters = dict(model.named_parameters())
-        for name, star in self.theta_star.items():
-            p = parameters.get(name)
+        # Looked up one by one: a walk through the whole model at every step of training would take longer.
+        found = [_parameter(model, name) for name in self.theta_star]
+        if any(p is None for p in found) or len({id(p) for p in found}) < len(found):  # missing, or tied by now
+            parameters = dict(model.named_parameters())
+            found = [parameters.get(name) for name in self.theta_star]
+        for p, (name, star) in zip(found, self.theta_star.items()):
             if p is None:
+                names = ", ".join(name for name, _ in model.named_parameters())
                 raise ValueError(
                     f"The memory holds a parameter {name!r} of shape {tuple(star.shape)} that the model does not have; "
-                    f"the model has {', '.join(parameters) or 'no parameters'}. Use the model that was consolidated."
+                    f"the model has {names or 'no parameters'}. Use the model that was consolidated."
                 )
             if p.shape != star.shape:
                 raise ValueError(
@@ -354,7 +353,7 @@ class EWC:
                 raise ValueError(
                     f"Parameter {name!r} is on {p.device} and the memory on {star.device}; call memory.to({p.device})."
                 )
-        return [parameters[name] for name in self.theta_star]
+        return found
 
 
 class _Quadratic(torch.autograd.Function):
@@ -378,8 +377,62 @@ class _Quadratic(torch.autograd.Function):
         return (*[None] * (2 * third), *[(grad * f * (p - s)).to(p.dtype) for f, s, p in zip(fisher, star, theta)])
 
 
-def _share(x: Tensor) -> Tensor:
-    return x / (1 + x)
+class _Springs:
+    r"""The share sλF / (1 + sλF) of the way to the anchor that `EWC.pull` moves each weight.
+
+    Written as 1 / (1 + (1/F) / (sλ)), with 1/F = ∞ where F = 0: two passes over memory that is already there for
+    a new rate, none for a constant one. Each device has one flat buffer, of which `views` are the parameters' parts.
+    """
+
+    def __init__(self, fisher: list[Tensor]):
+        self.fisher, self.versions = fisher, [f._version for f in fisher]
+        self.inverse: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        self.views: list[Tensor] = [torch.empty(0)] * len(fisher)
+        self.factor: float | None = None  # sλ of the shares that the buffers hold
+        for device in dict.fromkeys(f.device for f in fisher):
+            own = [i for i, f in enumerate(fisher) if f.device == device]
+            self.inverse.append(torch.cat([fisher[i].flatten() for i in own]).reciprocal_())
+            self.buffers.append(torch.empty_like(self.inverse[-1]))
+            parts = self.buffers[-1].split([fisher[i].numel() for i in own])
+            for i, part in zip(own, parts):
+                self.views[i] = part.view(fisher[i].shape)
+
+    def belong_to(self, fisher: list[Tensor]) -> bool:
+        """Neither another tensor nor an edit in place since."""
+        return len(fisher) == len(self.fisher) and all(
+            f is mine and f._version == version for f, mine, version in zip(fisher, self.fisher, self.versions)
+        )
+
+    def shares(self, factor: float) -> list[Tensor]:
+        """For one sλ > 0."""
+        if factor != self.factor:
+            for inverse, buffer in zip(self.inverse, self.buffers):
+                limits = torch.finfo(inverse.dtype)
+                if limits.tiny <= 1 / factor <= limits.max:
+                    torch.add(inverse.new_ones(()), inverse, alpha=1 / factor, out=buffer).reciprocal_()
+                else:  # rounded to 0 or ∞ the scale would make NaN
+                    buffer.copy_((1 + inverse.double() / factor).reciprocal())
+            self.factor = factor
+        return self.views
+
+    def shares_of_each(self, steps: Sequence[Tensor | float], strength: float) -> list[Tensor]:
+        """For a step of its own for each parameter or weight."""
+        self.factor = None
+        for view, f, step in zip(self.views, self.fisher, steps):
+            view.copy_(f).mul_(step)
+        for buffer in self.buffers:
+            buffer.mul_(strength).reciprocal_().add_(1.0).reciprocal_()
+        return self.views
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor | None:
+    *path, last = name.split(".")
+    for part in path:
+        model = model._modules.get(part)
+        if model is None:
+            return None
+    return model._parameters.get(last)
 
 
 def _check_fisher(fisher: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

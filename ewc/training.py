@@ -416,28 +416,30 @@ class _Stacked:
     """R quadratic memories on stacked parameters: the penalties of all runs in a few element-wise operations."""
 
     def __init__(self, parameters: dict[str, Tensor], memories: Sequence) -> None:
-        self.parameters = parameters
-        self.weight, self.anchor = {}, {}  # lambda * F and theta*, stacked as the parameters are
-        for name, p in parameters.items():
-            weight, anchor = torch.zeros_like(p), p.detach().clone()
+        self.names, self.tensors = list(parameters), [p.detach() for p in parameters.values()]
+        self.parameters = list(parameters.values())
+        self.weights = [torch.zeros_like(p) for p in self.tensors]  # lambda * F, stacked as the parameters are
+        self.anchors = [p.clone() for p in self.tensors]
+        for name, weight, anchor in zip(self.names, self.weights, self.anchors):
             for r, memory in enumerate(memories):
                 if memory is not None and memory.fisher:
                     weight[r] = memory.strength * memory.fisher[name]
                     anchor[r] = memory.theta_star[name]
-            self.weight[name], self.anchor[name] = weight, anchor
 
     def record(self) -> None:
         """Quadratic memories only: nothing watches the way."""
 
     def add_gradient(self) -> None:
-        for name, p in self.parameters.items():
-            p.grad.addcmul_(self.weight[name], p.detach() - self.anchor[name])
+        moved = torch._foreach_sub(self.tensors, self.anchors)
+        torch._foreach_addcmul_([p.grad for p in self.parameters], self.weights, moved)
 
     def pull(self, step: float | dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                w = self.weight[name] * (step[name] if isinstance(step, dict) else step)
-                p.lerp_(self.anchor[name], w / (1 + w))
+        steps = [step[name] for name in self.names] if isinstance(step, dict) else step
+        share = torch._foreach_mul(self.weights, steps)  # w / (1 + w) = 1 / (1 + 1 / w), in place from here on
+        torch._foreach_reciprocal_(share)
+        torch._foreach_add_(share, 1.0)
+        torch._foreach_reciprocal_(share)
+        torch._foreach_lerp_(self.tensors, self.anchors, share)
 
 
 def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool) -> Callable[[int], Tensor]:

@@ -176,6 +176,34 @@ def test_pull_follows_every_change_of_step_strength_and_fisher():
                 assert torch.allclose(p, (t + scaled * s) / (1 + scaled), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [1e-320, 1e-30, 1.0, 1e30, 1e300])
+def test_pull_of_any_size_is_never_nan(dtype, factor):
+    memory, model = EWC(factor), nn.Linear(1, 4, bias=False).to(dtype)
+    f = torch.tensor([0.0, torch.finfo(dtype).tiny, 1.0, torch.finfo(dtype).max], dtype=dtype).unsqueeze(1)
+    memory.consolidate(model, fisher={"weight": f})
+    theta = move(model).weight.detach().clone()
+    memory.pull(model, 1.0)
+    share = f.double().mul(factor).reciprocal().add(1).reciprocal()  # 1e-320 * F is below what float64 resolves
+    expected = theta.double().lerp(memory.theta_star["weight"].double(), share)
+    assert torch.allclose(model.weight.double(), expected, rtol=1e-6, atol=0)
+    assert model.weight[0] == theta[0]
+
+
+def test_a_copy_of_a_memory_pulls_with_its_own_fisher():
+    model, memory = network(), consolidated(2.0)
+    memory.pull(model, 0.1)
+    twin = copy.deepcopy(memory)
+    for f in twin.fisher.values():
+        f.mul_(9)
+    for keep in (memory, twin):
+        move(model)
+        theta = [p.detach().clone() for p in model.parameters()]
+        keep.pull(model, 0.1)
+        for t, p, f, s in zip(theta, model.parameters(), keep.fisher.values(), keep.theta_star.values()):
+            assert torch.allclose(p, (t + 0.2 * f * s) / (1 + 0.2 * f), rtol=1e-12, atol=1e-14)
+
+
 def test_pull_is_stable_where_the_gradient_step_is_not():
     memory = EWC(1.0)
     model = nn.Linear(1, 2, bias=False).double()
