@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -587,3 +589,147 @@ def test_consolidate_needs_data_or_a_fisher():
     with pytest.raises(ValueError, match="no example"):
         memory.consolidate(model, (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)))
     assert memory.tasks == 0
+
+
+# ---- the small print --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchors", ["latest", "each"])
+def test_a_parameter_frozen_from_the_start_is_not_remembered(anchors):
+    """Neither the model's own Fisher nor one that is given has an entry for it."""
+    model, memory = network(), EWC(1.0, anchors=anchors)
+    model[0].bias.requires_grad_(False)
+    for t in range(2):
+        memory.consolidate(model, data(t))
+        assert memory.fisher.keys() == memory.theta_star.keys() == {"0.weight", "2.weight", "2.bias"}
+    other = EWC(1.0, anchors=anchors)
+    for t in range(2):
+        other.consolidate(network(), fisher=fisher.diagonal(model, data(t)))
+    assert all(torch.equal(other.fisher[n], f) for n, f in memory.fisher.items())
+    assert other.fisher.keys() == memory.fisher.keys()
+
+
+def test_a_new_head_may_come_between_two_pulls():
+    """What `pull` keeps from one step to the next belongs to the old parameters."""
+    model, memory = network(), consolidated(2.0)
+    memory.pull(move(model), 0.1)
+    model.append(nn.Linear(3, 3).double())
+    memory.consolidate(model, data(1))
+    theta = {n: p.detach().clone() for n, p in move(model).named_parameters()}
+    memory.pull(model, 0.1)
+    assert "3.weight" in memory.fisher
+    for n, p in model.named_parameters():
+        scaled = 0.2 * memory.fisher[n]
+        assert torch.allclose(p, (theta[n] + scaled * memory.theta_star[n]) / (1 + scaled), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0])
+def test_steps_of_zero_and_one_are_steps_like_any_other(step):
+    memory, model = consolidated(2.0), move(network())
+    theta = [p.detach().clone() for p in model.parameters()]
+    memory.pull(model, step)
+    for t, p, f, s in zip(theta, model.parameters(), memory.fisher.values(), memory.theta_star.values()):
+        assert torch.allclose(p, (t + step * 2.0 * f * s) / (1 + step * 2.0 * f), rtol=1e-12, atol=1e-14)
+
+
+def test_pull_at_one_step_follows_the_strength():
+    """Neither the step alone nor its ratio to the strength tells two pulls apart."""
+    memory, model = consolidated(2.0), network()
+    for step, strength in [(0.1, 2.0), (0.1, 9.0), (0.2, 18.0), (0.6, 6.0), (0.1, 36.0)]:
+        memory.strength = strength
+        theta = [p.detach().clone() for p in move(model).parameters()]
+        memory.pull(model, step)
+        for t, p, f, s in zip(theta, model.parameters(), memory.fisher.values(), memory.theta_star.values()):
+            scaled = step * strength * f
+            assert torch.allclose(p, (t + scaled * s) / (1 + scaled), rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_are_added_outside_the_graph():
+    memory, model = consolidated(), move(network())
+    memory.add_gradient(model)
+    assert all(not p.grad.requires_grad for p in model.parameters())
+
+
+def test_everything_follows_the_model_to_its_device():
+    """The meta device computes nothing, but refuses tensors of any other: a second device wherever there is none."""
+    memory, model = consolidated(anchors="each"), move(network())
+    memory.pull(model, 0.1)
+    measured = fisher.diagonal(model, data(1))
+    memory.to("meta")
+    model.to("meta")
+    assert EWC(1.0).penalty(model).device.type == memory.penalty(model).device.type == "meta"
+    memory.pull(model, 0.1)
+    memory.add_gradient(model)
+    fresh = EWC(1.0)
+    fresh.consolidate(model, fisher=measured)  # a Fisher that was kept on the CPU
+    assert {t.device.type for t in (*fresh.fisher.values(), *fresh.theta_star.values())} == {"meta"}
+    assert EWC(1.0).penalty(network()).dtype == torch.float64
+
+
+def test_each_keeps_the_types_of_weights_and_constant():
+    model = network(dtype=torch.bfloat16)
+    memory = EWC(1.0, anchors="each")
+    for t in range(2):
+        memory.consolidate(move(model, seed=t), data(t, dtype=torch.bfloat16))
+    assert {s.dtype for s in memory.theta_star.values()} == {torch.bfloat16}
+    assert {f.dtype for f in memory.fisher.values()} == {torch.float32}
+    assert type(memory.constant) is float and memory.constant > 0
+
+
+def test_the_memory_holds_numbers_not_graphs():
+    model, memory = network(), EWC(1.0)
+    memory.consolidate(model, fisher={n: p.square() for n, p in model.named_parameters()})
+    assert not any(t.requires_grad for t in (*memory.fisher.values(), *memory.theta_star.values()))
+
+
+def test_a_state_shares_no_dictionary_and_no_tensor_with_the_memory_that_loads_it():
+    memory, other = consolidated(2.0, estimator="empirical"), EWC(0.0)
+    state = copy.deepcopy(memory.state_dict())
+    given = copy.deepcopy(state)
+    other.load_state_dict(given)
+    for part in ("fisher", "theta_star"):
+        del memory.state_dict()[part]["0.bias"]
+        for t in given[part].values():
+            t.fill_(-1.0)
+    assert other.estimator == "empirical"
+    for kept in (memory, other):
+        for part in ("fisher", "theta_star"):
+            assert all(torch.equal(kept.state_dict()[part][n], t) for n, t in state[part].items())
+    with pytest.raises(ValueError, match="not the state of an EWC memory.*int"):
+        other.load_state_dict(3)
+
+
+def test_load_puts_the_tensors_where_it_is_told(tmp_path):
+    consolidated().save(str(tmp_path / "memory.pt"))  # a path may be a string
+    memory = EWC.load(str(tmp_path / "memory.pt"), device="meta")
+    assert {t.device.type for t in (*memory.fisher.values(), *memory.theta_star.values())} == {"meta"}
+
+
+def test_a_checkpoint_is_whole_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Written beside its target, as a rename is atomic within one file system only."""
+    synced, named = [], []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_size), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (named.append((Path(a).parent, len(synced))), replace(a, b)))
+    consolidated().save(tmp_path / "memory.pt")
+    assert named == [(tmp_path, 1)]
+    assert synced == [(tmp_path / "memory.pt").stat().st_size]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_the_cpu():
+    memory, model = consolidated(2.0), move(network())
+    far = EWC(0.0)
+    far.load_state_dict(memory.state_dict())
+    far.to("cuda")
+    twin = copy.deepcopy(model).cuda()
+    sizes = {n: torch.rand_like(p) for n, p in model.named_parameters()}
+    for keep, net, device in ((memory, model, "cpu"), (far, twin, "cuda")):
+        keep.add_gradient(net)
+        for step in (0.1, 0.01, {n: s.to(device) for n, s in sizes.items()}):
+            keep.pull(net, step)
+    assert torch.allclose(memory.penalty(model), far.penalty(twin).cpu(), rtol=1e-12)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.allclose(p, q.cpu(), rtol=1e-12) and torch.allclose(p.grad, q.grad.cpu(), rtol=1e-12)
+    with pytest.raises(ValueError, match="call memory.to"):
+        memory.pull(twin, 0.1)
