@@ -12,18 +12,19 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.fisher import NETWORKS, seconds
-from ewc import EWC, recorded
+from benchmarks.fisher import NETWORKS, record_name, seconds
+from ewc import EWC, recorded, tasks
 
 
 def measure(network: str = "256-256", batch_size: int = 128, steps: int = 20, rounds: int = 15) -> dict[str, float]:
     """Median ratio of a penalised step to a plain one (SGD with momentum), for each way to apply the penalty."""
+    device = tasks.device()
     torch.manual_seed(0)
-    model = NETWORKS[network]((1, 28, 28))
-    x, y = torch.randn(batch_size, 1, 28, 28), torch.randint(10, (batch_size,))
+    model = NETWORKS[network]((1, 28, 28)).to(device)
+    x, y = torch.randn(batch_size, 1, 28, 28, device=device), torch.randint(10, (batch_size,), device=device)
     memories = {1: EWC(1.0), 5: EWC(1.0, anchors="each")}
-    for tasks, memory in memories.items():
-        for _ in range(tasks):
+    for count, memory in memories.items():
+        for _ in range(count):
             memory.consolidate(model, fisher={n: torch.rand_like(p) for n, p in model.named_parameters()})
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
@@ -69,11 +70,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{recorded.machine(torch.device('cpu'))}, torch {torch.__version__}")
+    print(f"{recorded.machine(tasks.device())}, torch {torch.__version__}")
     ratios = measure(arguments.network)
     for name, ratio in ratios.items():
         print(f"{name:34} {ratio:6.3f}")
-    recorded.keep("benchmark-penalty", {"network": arguments.network, "ratios": ratios})
+    recorded.keep(record_name("penalty"), {"network": arguments.network, "ratios": ratios})
 
 
 if __name__ == "__main__":

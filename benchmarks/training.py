@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from benchmarks.fisher import seconds
+from benchmarks.fisher import record_name, seconds
 from ewc import EWC, models, recorded, tasks, training
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     if first.device.type == "cuda":
         results["whole sweep of 50"] = whole_sweep(first, second)
         print(f"50 runs of the whole experiment: {results['whole sweep of 50']:.1f} s")
-    recorded.keep("benchmark-training", results)
+    recorded.keep(record_name("training"), results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -294,20 +294,24 @@ def _check_logits(z: Tensor, labels: Tensor) -> None:
         )
     if z.shape[1] < 2:
         raise ValueError("The model has one output; a softmax needs at least two classes (axis 1 of the logits).")
-    if not torch.isfinite(z).all():
-        raise ValueError("The model's logits are not finite; check its weights and the scale of the inputs.")
     if labels.shape[1:] != z.shape[2:]:
         raise ValueError(
             f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(z.shape)}; as in torch's "
             "cross_entropy, axis 1 of the logits runs over the classes and the other axes are those of the labels."
         )
+    good = [torch.isfinite(z).all()]
     if not labels.is_floating_point():
+        in_range = (labels >= 0) & (labels < z.shape[1])
+        good.append((in_range if labels.dim() == 1 else in_range | (labels == IGNORED)).all())
+    good = torch.stack(good).tolist()  # a GPU is waited for once
+    if not good[0]:
+        raise ValueError("The model's logits are not finite; check its weights and the scale of the inputs.")
+    if not all(good):
         used = labels if labels.dim() == 1 else labels[labels != IGNORED]
-        if used.numel() and (used.min() < 0 or used.max() >= z.shape[1]):
-            raise ValueError(
-                f"Labels run from {int(used.min())} to {int(used.max())}, but the model has {z.shape[1]} classes: "
-                f"they must lie between 0 and {z.shape[1] - 1}."
-            )
+        raise ValueError(
+            f"Labels run from {int(used.min())} to {int(used.max())}, but the model has {z.shape[1]} classes: "
+            f"they must lie between 0 and {z.shape[1] - 1}."
+        )
 
 
 def class_index(classes: Sequence[int] | Tensor | None, z: Tensor) -> Tensor | None:
@@ -369,10 +373,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(m, k, b, b._version, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
     try:
         model.eval()
-        # cuDNN has no backward pass for recurrent layers in eval mode.
-        recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes) and torch.backends.cudnn.enabled
-        cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), cudnn:
+        recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
+        with torch.inference_mode(False), torch.enable_grad(), _cudnn(recurrent):
             yield
     finally:
         for module, training in modes:
@@ -382,6 +384,20 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 if buffer._version != version:
                     buffer.copy_(copy)
                 module._buffers[key] = buffer
+
+
+@contextmanager
+def _cudnn(recurrent: bool) -> Iterator[None]:
+    """Convolutions in full float32: cuDNN's default, TF32, keeps three digits. And no cuDNN for recurrent layers, of
+    which it has no backward pass in eval mode."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    try:
+        cudnn.enabled = cudnn.enabled and not recurrent
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+        yield
+    finally:
+        cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 @contextmanager

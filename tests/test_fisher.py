@@ -874,6 +874,31 @@ def test_cuda_agrees_with_the_cpu(name):
         assert distance({k: v.cpu() for k, v in actual.items()}, expected) < 1e-10
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_convolutions_are_in_full_float32():
+    model, x, y = make("conv2d")  # in float64
+    expected = fisher.diagonal(model, (x, y))
+    actual = fisher.diagonal(copy.deepcopy(model).float().cuda(), (x.float(), y))
+    assert distance({k: v.double().cpu() for k, v in actual.items()}, expected) < 1e-5
+
+
+def test_precision_of_convolutions_comes_back():
+    seen = []
+
+    class Looks(nn.Linear):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return super().forward(x)
+
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.allow_tf32
+    model, data = Looks(4, 3), (torch.randn(5, 4), torch.randint(3, (5,)))
+    fisher.diagonal(model, data)
+    with pytest.raises(ValueError, match="not finite"):
+        fisher.diagonal(model, (data[0] * torch.inf, data[1]))
+    after = torch.backends.cudnn.enabled, torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.allow_tf32
+    assert after == before and set(seen) == {"ieee"}
+
+
 def _shard(rank, folder, x, y, cuts):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = nn.Linear(4, 3).double()
