@@ -103,15 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     first, second = tasks.pair()
     print(f"{recorded.machine(first.device)}, torch {torch.__version__}")
-    measured = epochs(first)
+    measured = epochs(first, arguments.rounds)
     ours = measured["fit, batch 128"]
     for name, value in measured.items():
         print(f"{name:46} {value:7.2f} s an epoch  {value / ours:5.2f} x")
-    alone, together = runs(first, second, arguments.runs)
+    alone, together = runs(first, second, arguments.runs, arguments.rounds)
     print(f"{arguments.runs} runs: in turn {alone:.2f} s, at once {together:.2f} s, ratio {together / alone:.2f}")
     results = {"epoch": measured, "runs": arguments.runs, "in turn": alone, "at once": together}
     if first.device.type == "cuda":
