@@ -553,3 +553,206 @@ def test_bad_input_is_named():
             method(other)
     with pytest.raises(ValueError, match="the model has none"):
         memory.penalty(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_wrapped_models_are_the_same_model(wrap):
+    model, data = build("mlp")
+    plain, memory = KFAC(2.0), KFAC(2.0)
+    plain.consolidate(model, data)
+    memory.consolidate(wrap(model), data)
+    assert memory.theta_star.keys() == plain.theta_star.keys() == {"0.weight", "0.bias", "2.weight"}
+    with torch.no_grad():
+        model[0].weight += 1
+    twin = copy.deepcopy(model)
+    assert memory.penalty(wrap(model)) == plain.penalty(twin) > 0
+    for keep, one in ((memory, wrap(model)), (plain, twin)):
+        keep.add_gradient(one)
+        keep.pull(one, 0.1)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(p, q) and torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("options", [{"setting": "reduce"}, {"estimator": "empirical"}, {"estimator": "sampled"}])
+def test_a_memory_measures_with_its_own_options(options):
+    model, data = build("sequence")
+    memory = KFAC(1.0, **options, generator=torch.Generator().manual_seed(4))
+    memory.consolidate(model, data)
+    expected = kfac.factors(model, data, **options, generator=torch.Generator().manual_seed(4))
+    for name, (A, G) in expected.items():
+        close(memory.tasks[0][name].A, A)
+        close(memory.tasks[0][name].G, G)
+    default = kfac.factors(model, data)["body"]
+    assert not all(torch.allclose(m, d) for m, d in zip(memory.tasks[0]["body"], default))
+
+
+@pytest.mark.parametrize("change", ["consolidate", "load_state_dict", "strength"])
+def test_pull_follows_every_change(change):
+    """The bases that it keeps from one step to the next belong to the old factors."""
+    memory, model = consolidated(strength=40.0, keep="pooled")
+    memory.pull(model, 0.3)
+    if change == "consolidate":
+        memory.consolidate(*build("mlp", 5))
+    elif change == "load_state_dict":
+        memory.load_state_dict(consolidated(tasks=2, strength=40.0, keep="pooled")[0].state_dict())
+    else:
+        memory.strength = 7.0
+    A, G = memory.tasks[0]["2"]
+    start = (model[2].weight - memory.theta_star["2.weight"]).detach()
+    system = torch.eye(12, dtype=F64) + 0.3 * memory.strength * torch.kron(G, A)
+    memory.pull(model, 0.3)
+    expected = torch.linalg.solve(system, start.reshape(-1)).reshape(start.shape)
+    close(model[2].weight.detach() - memory.theta_star["2.weight"], expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_pull_is_linear_in_the_distance(scale):
+    """The error allowed to the iteration is a relative one."""
+    memory, model = consolidated(tasks=2)
+    anchor, far = memory.theta_star, copy.deepcopy(model)
+    with torch.no_grad():
+        for n, p in far.named_parameters():
+            p.sub_(anchor[n]).mul_(scale).add_(anchor[n])
+    for one in (model, far):
+        memory.pull(one, steps(one, "each"))
+    for (n, p), q in zip(model.named_parameters(), far.parameters()):
+        torch.testing.assert_close((q - anchor[n]) / scale, p - anchor[n], rtol=1e-3, atol=1e-4)
+
+
+def test_pull_with_a_step_of_zero_for_some_weights_leaves_those():
+    memory, model = consolidated(tasks=2)
+    before, step = copy.deepcopy(model.state_dict()), steps(model, "each")
+    step["0.bias"].zero_()
+    step["0.weight"][1] = 0
+    memory.pull(model, step)
+    assert torch.equal(model[0].bias, before["0.bias"]) and torch.equal(model[0].weight[1], before["0.weight"][1])
+    assert not torch.equal(model[0].weight[0], before["0.weight"][0])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("factor", ["A", "G"])
+def test_pull_never_moves_away_whatever_the_strength(factor):
+    """In float32 an eigenvalue of 0 may come out at -1e-9, and no strength may make a pole of it."""
+    memory, model = KFAC(1.0), nn.Linear(30, 30, bias=False)
+    generator = torch.Generator().manual_seed(0)
+    thin = torch.randn(30, 3, generator=generator)
+    memory.tasks = [{"": kfac.Factors(torch.eye(30), torch.eye(30))._replace(**{factor: thin @ thin.T})}]
+    memory.theta_star, memory.count = {"weight": torch.zeros(30, 30)}, 1
+    for strength in torch.logspace(3, 9, 25).tolist():
+        nn.init.normal_(model.weight, generator=generator)
+        before, memory.strength = model.weight.detach().norm(), strength
+        memory.pull(model, 1.0)
+        assert model.weight.norm() < before  # the proximal step of a convex function is a contraction
+
+
+def test_half_precision_weights_keep_float32_factors():
+    model, (x, y) = build("mlp")
+    half, memory, exact = copy.deepcopy(model).bfloat16(), KFAC(3.0), KFAC(3.0)
+    memory.consolidate(half, (x.bfloat16(), y))
+    assert {m.dtype for m in memory.tasks[0]["0"]} == {torch.float32}
+    exact.load_state_dict(memory.state_dict())
+    exact.to(F64)
+    model.load_state_dict(half.state_dict())
+    with torch.no_grad():
+        for p, q in zip(half.parameters(), model.parameters()):
+            p.add_(torch.randn_like(p))
+            q.copy_(p)
+    torch.testing.assert_close(memory.penalty(half).double(), exact.penalty(model), rtol=0.02, atol=0)
+    for keep, one in ((memory, half), (exact, model)):
+        keep.add_gradient(one)
+        keep.pull(one, 0.1)
+    for p, q in zip(half.parameters(), model.parameters()):
+        assert p.dtype == p.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=0.05, atol=0.05 * float(q.grad.abs().max()))
+        torch.testing.assert_close(p.double(), q.detach(), rtol=0.02, atol=0.02)
+
+
+def test_another_device_is_named():
+    """The meta device stands for a second one wherever there is none."""
+    memory, model = consolidated()
+    memory.to("meta")
+    for method in (memory.penalty, memory.add_gradient, lambda m: memory.pull(m, 0.1)):
+        with pytest.raises(ValueError, match="on meta, the model has .* on cpu"):
+            method(model)
+    assert memory.penalty(model.to("meta")).device.type == "meta"
+
+
+def test_a_state_shares_nothing_with_the_memory_that_loads_it():
+    memory, _ = consolidated(tasks=2)
+    state, other = copy.deepcopy(memory.state_dict()), KFAC(0.0)
+    given = copy.deepcopy(state)
+    other.load_state_dict(given)
+    del memory.state_dict()["theta_star"]["0.bias"], memory.state_dict()["tasks"][0]["0"]
+    for t in [*given["theta_star"].values(), *(m for task in given["tasks"] for f in task.values() for m in f.values())]:
+        t.fill_(-1.0)
+    for keep in (memory, other):
+        assert keep.theta_star.keys() == state["theta_star"].keys()
+        assert all(torch.equal(keep.theta_star[n], t) for n, t in state["theta_star"].items())
+        for task, kept in zip(state["tasks"], keep.tasks):
+            assert all(torch.equal(kept[n].A, f["A"]) and torch.equal(kept[n].G, f["G"]) for n, f in task.items())
+
+
+def test_whether_a_layer_has_a_kronecker_form_does_not_depend_on_the_scale():
+    torch.manual_seed(0)
+    x, y, plain = torch.randn(4, 3, dtype=F64), torch.zeros(4, dtype=torch.long), nn.Linear(3, 3).double()
+    with pytest.raises(ValueError, match="does more with its weight"):
+        kfac.factors(Functional().double(), (1e-9 * x, y))
+    with torch.no_grad():
+        plain.weight.mul_(1e-9)  # so that the softmax does not saturate
+    A = torch.cat([1e9 * x, torch.ones(4, 1, dtype=F64)], 1)
+    close(kfac.factors(plain, (1e9 * x, y))[""].A, A.T @ A / 4)
+
+
+class InVain(nn.Sequential):
+    """Runs its second layer and drops what it returns."""
+
+    def forward(self, x):
+        self[1](x)
+        return self[0](x)
+
+
+def test_a_layer_that_runs_in_vain_has_inputs_and_no_gradient():
+    torch.manual_seed(0)
+    model, x, y = InVain(nn.Linear(3, 3), nn.Linear(3, 2)).double(), torch.randn(4, 3, dtype=F64), torch.zeros(4).long()
+    found, alone = kfac.factors(model, (x, y)), kfac.factors(model[0], (x, y))[""]
+    close(found["0"].G, alone.G)
+    close(found["1"].A, alone.A)
+    assert found["1"].G.shape == (2, 2) and found["1"].G.eq(0).all()
+
+
+def test_a_layer_of_one_unit():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, CLASSES)).double()
+    x, y = torch.randn(6, 3, dtype=F64), torch.randint(0, CLASSES, (6,))
+    memory = KFAC(2.5)
+    memory.consolidate(model, (x, y))
+    for name, (A, G) in definition(model, x, lambda i, p: list(enumerate(p)), "expand").items():
+        close(memory.tasks[0][name].A, A)
+        close(memory.tasks[0][name].G, G)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    expected = torch.autograd.grad(brute_penalty(memory, model), list(model.parameters()))
+    memory.add_gradient(model)
+    for p, g in zip(model.parameters(), expected):
+        close(p.grad, g)
+        assert not p.grad.requires_grad
+
+
+def test_equal_steps_by_name_are_one_step():
+    memory, model = consolidated(strength=40.0)
+    twin = copy.deepcopy(model)
+    memory.pull(model, 0.25)
+    memory.pull(twin, {n: 0.25 for n, _ in twin.named_parameters()})
+    for p, q in zip(twin.parameters(), model.parameters()):
+        close(p.detach(), q.detach())
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="step is a learning rate"):
+            memory.pull(model, {n: bad for n, _ in model.named_parameters()})
+
+
+def test_a_linear_layer_with_a_parameter_more_is_refused():
+    layer = nn.Linear(3, 3)
+    layer.scale = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"layer '0' \(Linear\) has no Kronecker form"):
+        kfac.factors(nn.Sequential(layer), (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))
