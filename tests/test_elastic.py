@@ -733,3 +733,58 @@ def test_cuda_agrees_with_the_cpu():
         assert torch.allclose(p, q.cpu(), rtol=1e-12) and torch.allclose(p.grad, q.grad.cpu(), rtol=1e-12)
     with pytest.raises(ValueError, match="call memory.to"):
         memory.pull(twin, 0.1)
+
+
+def test_pull_with_one_number_after_a_step_for_each_weight():
+    """Both write to the same buffer."""
+    memory, model = consolidated(2.0), network()
+    for step in (0.1, {n: 0.7 for n, _ in model.named_parameters()}, 0.1):
+        theta = [p.detach().clone() for p in move(model).parameters()]
+        memory.pull(model, step)
+        scaled = 2.0 * (0.7 if isinstance(step, dict) else step)
+        for t, p, f, s in zip(theta, model.parameters(), memory.fisher.values(), memory.theta_star.values()):
+            assert torch.allclose(p, (t + scaled * f * s) / (1 + scaled * f), rtol=1e-12, atol=1e-14)
+
+
+def test_pull_sees_a_fisher_that_was_replaced():
+    memory, model = consolidated(2.0), network()
+    for _ in range(2):
+        theta = move(model)[0].weight.detach().clone()
+        memory.pull(model, 0.1)
+        scaled = 0.2 * memory.fisher["0.weight"]
+        expected = (theta + scaled * memory.theta_star["0.weight"]) / (1 + scaled)
+        assert torch.allclose(model[0].weight, expected, rtol=1e-12, atol=1e-14)
+        memory.fisher["0.weight"] = 50 * memory.fisher["0.weight"]
+
+
+def test_pull_where_the_strength_makes_up_for_the_smallest_fisher():
+    """In float32 the inverse of this strength is no normal number, and yet the share of the way is about a half."""
+    memory, model = EWC(1e38), nn.Linear(1, 1, bias=False)
+    memory.consolidate(model, fisher={"weight": torch.full((1, 1), 1.2e-38)})
+    theta = move(model).weight.detach().clone()
+    memory.pull(model, 1.0)
+    scaled = 1e38 * memory.fisher["weight"].double()
+    expected = (theta + scaled * memory.theta_star["weight"]) / (1 + scaled)
+    assert torch.allclose(model.weight.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_pull_of_a_model_on_two_devices():
+    memory, model = consolidated(2.0), move(network())
+    model[0].to("meta")
+    for name in ("0.weight", "0.bias"):
+        memory.fisher[name], memory.theta_star[name] = memory.fisher[name].to("meta"), memory.theta_star[name].to("meta")
+    theta = model[2].weight.detach().clone()
+    memory.pull(model, 0.1)
+    scaled = 0.2 * memory.fisher["2.weight"]
+    expected = (theta + scaled * memory.theta_star["2.weight"]) / (1 + scaled)
+    assert torch.allclose(model[2].weight, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_weights_tied_since_the_last_task_are_refused():
+    """One tensor with two springs would be pulled twice."""
+    model, memory = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), EWC(1.0)
+    memory.consolidate(model, fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    model[2].weight = model[0].weight
+    for call in call_all(memory, model)[:3]:
+        with pytest.raises(ValueError, match="'2.weight'.*the model does not have"):
+            call()
