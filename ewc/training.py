@@ -271,6 +271,9 @@ def run(
     done = 0
     if checkpoint is not None and Path(checkpoint).exists():
         done = _restore(Path(checkpoint), names, models, memories, matrix, moments)
+        for keep in memories:
+            if keep is not None:
+                keep.to(tasks[0].device)  # the file was read to the CPU; the models move when they train
     for i in range(done, len(tasks)):
         task = tasks[i]
         if many:

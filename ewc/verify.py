@@ -291,7 +291,7 @@ def _finite(label: str, key: str, *arrays: np.ndarray) -> None:
 
 def _element(key: str, at: tuple[int, ...]) -> str:
     index = f"[{', '.join(map(str, at))}]" if at else ""
-    return (key + index) or "the value"
+    return f"{key}{index}" or "the value"
 
 
 def _size(error: dict[str, np.ndarray]) -> str:
