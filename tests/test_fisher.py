@@ -10,6 +10,7 @@ import tempfile
 import pytest
 import torch
 import torch.nn.functional as F
+import tqdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -930,3 +931,79 @@ def test_two_processes_agree_with_one():
             a, b = (torch.load(os.path.join(folder, f"{i}-{rank}"), weights_only=True) for rank in (0, 1))
             assert distance(a, expected) < 1e-12 and distance(a, b) == 0
         assert all(os.path.exists(os.path.join(folder, f"empty-{rank}")) for rank in (0, 1))
+
+
+# ---- the small print --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["pair", "dataset", "loader"])
+def test_progress_bar_counts_the_examples(form, monkeypatch):
+    made, counted = [], []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            made.append(options)
+            super().__init__(**options | {"disable": True})
+
+        def update(self, n=1):
+            counted.append(n)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    model, x, y = make("perceptron", n=11)
+    data = {"pair": (x, y), "dataset": TensorDataset(x, y), "loader": DataLoader(TensorDataset(x, y), batch_size=4)}
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        fisher.diagonal(model, data[form], batch_size=3)
+        assert made[-1]["disable"] is not terminal
+    assert made[-1]["total"] == 11 and sum(counted) == 2 * 11
+    assert made[-1]["delay"] >= 3 and made[-1]["leave"] is False  # silent where it would only flash up
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+def test_several_labels_per_example_with_a_head_chosen_by_task(estimator):
+    """The padding is no class, in the model's numbering or in that of the head."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 5, 1)).double()
+    classes = [3, 1]
+    x, y = torch.randn(4, 2, 5).double(), torch.tensor(classes)[torch.randint(2, (4, 5))]
+    y[1, 3:], y[:, 4] = -100, -100
+    expected = brute_force(model, x, y, estimator, classes)
+    assert distance(fisher.diagonal(model, (x, y), estimator, classes=classes, batch_size=3), expected) < 1e-10
+    if estimator == "empirical":
+        y[0, 0] = 2
+        with pytest.raises(ValueError, match="outside the classes"):
+            fisher.diagonal(model, (x, y), estimator, classes=classes)
+
+
+def test_targets_that_are_no_labels_do_not_matter_to_the_models_own():
+    model, x, y = make("perceptron")
+    for estimator in ("exact", "argmax"):
+        actual = fisher.diagonal(model, (x, torch.full((len(x),), 7.5)), estimator)
+        assert distance(actual, fisher.diagonal(model, (x, y), estimator)) == 0
+
+
+def test_a_graph_made_before_can_still_be_used():
+    """Buffers that did not change are not written to: autograd would refuse them afterwards."""
+    model, x, y = make("batch norm")
+    model.eval()
+    loss = F.cross_entropy(model(x), y)
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    fisher.diagonal(model, (x, y))
+    for g, e in zip(torch.autograd.grad(loss, list(model.parameters())), expected):
+        assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fisher.diagonal(_linear(), (X, Y), classes=[1]), "two different indices"),
+        (lambda: fisher.diagonal(_linear(), (X, Y), classes=[-1, 1]), "between 0 and 2"),
+        (lambda: fisher.diagonal(_linear(), (X, torch.tensor(1))), "share their first axis"),
+        (lambda: fisher.diagonal(Lambda(lambda m, x: m.f(x)[:, 0], f=_linear()), (X, Y)), "must return logits"),
+        (lambda: fisher.diagonal(_linear(), (X, Y), tolerance=1.0), "below 1"),
+        (lambda: fisher.diagonal(_linear(), (X, Y), tolerance=-0.1), "at least 0"),
+    ],
+)
+def test_bad_input_at_the_edge_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

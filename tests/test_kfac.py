@@ -756,3 +756,19 @@ def test_a_linear_layer_with_a_parameter_more_is_refused():
     layer.scale = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"layer '0' \(Linear\) has no Kronecker form"):
         kfac.factors(nn.Sequential(layer), (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))
+
+
+def test_labels_outside_the_head_are_refused_and_absent_classes_are_not():
+    model, (x, _) = build("mlp")
+    with pytest.raises(ValueError, match="outside the classes"):  # although both classes occur
+        kfac.factors(model, (x, torch.tensor([0, 1, 2, 0, 1, 0])), classes=(0, 1))
+    only = kfac.factors(model, (x, torch.zeros(6, dtype=torch.long)), "empirical", classes=(1, 0))
+    expected = kfac.factors(model, (x, torch.zeros(6, dtype=torch.long)), "empirical", classes=(0, 1))
+    close(only["0"].G, expected["0"].G)
+
+
+def test_loading_keeps_the_memorys_own_generator():
+    generator = torch.Generator()
+    memory = KFAC(0.0, generator=generator)
+    memory.load_state_dict(consolidated()[0].state_dict())
+    assert memory.generator is generator
