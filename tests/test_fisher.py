@@ -998,6 +998,10 @@ def test_a_graph_made_before_can_still_be_used():
     [
         (lambda: fisher.diagonal(_linear(), (X, Y), classes=[1]), "two different indices"),
         (lambda: fisher.diagonal(_linear(), (X, Y), classes=[-1, 1]), "between 0 and 2"),
+        (lambda: fisher.diagonal(_linear(), (X, Y), classes=[[0, 1]]), "two different indices"),
+        (lambda: fisher.diagonal(_linear(), (X, Y), classes=[True, False]), "two different indices"),  # of three
+        (lambda: fisher.diagonal(_linear(), (X, Y), classes=[0.0, 1.0]), "two different indices"),
+        (lambda: fisher.diagonal(_linear(), (X * math.inf, Y)), "logits are not finite"),
         (lambda: fisher.diagonal(_linear(), (X, torch.tensor(1))), "share their first axis"),
         (lambda: fisher.diagonal(Lambda(lambda m, x: m.f(x)[:, 0], f=_linear()), (X, Y)), "must return logits"),
         (lambda: fisher.diagonal(_linear(), (X, Y), tolerance=1.0), "below 1"),

@@ -561,6 +561,7 @@ def test_wrapped_models_are_the_same_model(wrap):
     plain, memory = KFAC(2.0), KFAC(2.0)
     plain.consolidate(model, data)
     memory.consolidate(wrap(model), data)
+    assert kfac.factors(wrap(model), data).keys() == {"0", "2"}
     assert memory.theta_star.keys() == plain.theta_star.keys() == {"0.weight", "0.bias", "2.weight"}
     with torch.no_grad():
         model[0].weight += 1
@@ -692,11 +693,18 @@ def test_a_state_shares_nothing_with_the_memory_that_loads_it():
             assert all(torch.equal(kept[n].A, f["A"]) and torch.equal(kept[n].G, f["G"]) for n, f in task.items())
 
 
+class Faint(nn.Module):
+    """Makes every gradient before it small."""
+
+    def forward(self, x):
+        return 1e-9 * x
+
+
 def test_whether_a_layer_has_a_kronecker_form_does_not_depend_on_the_scale():
     torch.manual_seed(0)
     x, y, plain = torch.randn(4, 3, dtype=F64), torch.zeros(4, dtype=torch.long), nn.Linear(3, 3).double()
     with pytest.raises(ValueError, match="does more with its weight"):
-        kfac.factors(Functional().double(), (1e-9 * x, y))
+        kfac.factors(nn.Sequential(Functional(), Faint()).double(), (x, y))
     with torch.no_grad():
         plain.weight.mul_(1e-9)  # so that the softmax does not saturate
     A = torch.cat([1e9 * x, torch.ones(4, 1, dtype=F64)], 1)
@@ -746,6 +754,13 @@ def test_equal_steps_by_name_are_one_step():
     memory.pull(twin, {n: 0.25 for n, _ in twin.named_parameters()})
     for p, q in zip(twin.parameters(), model.parameters()):
         close(p.detach(), q.detach())
+    for step in (1, torch.tensor(1.0)):  # numbers of another type
+        memory.pull(model, step)
+        memory.pull(twin, 1.0)
+        for p, q in zip(twin.parameters(), model.parameters()):
+            close(p.detach(), q.detach())
+    with pytest.raises(ValueError, match="step is a learning rate"):
+        memory.pull(model, float("inf"))
     for bad in (float("inf"), float("nan")):
         with pytest.raises(ValueError, match="step is a learning rate"):
             memory.pull(model, {n: bad for n, _ in model.named_parameters()})
