@@ -998,7 +998,7 @@ def test_a_graph_made_before_can_still_be_used():
     [
         (lambda: fisher.diagonal(_linear(), (X, Y), classes=[1]), "two different indices"),
         (lambda: fisher.diagonal(_linear(), (X, Y), classes=[-1, 1]), "between 0 and 2"),
-        (lambda: fisher.diagonal(_linear(), (X, Y), classes=[[0, 1]]), "two different indices"),
+        (lambda: fisher.diagonal(_linear(), (X, Y), classes=[[0, 1], [1, 2]]), "two different indices"),
         (lambda: fisher.diagonal(_linear(), (X, Y), classes=[True, False]), "two different indices"),  # of three
         (lambda: fisher.diagonal(_linear(), (X, Y), classes=[0.0, 1.0]), "two different indices"),
         (lambda: fisher.diagonal(_linear(), (X * math.inf, Y)), "logits are not finite"),
@@ -1011,3 +1011,54 @@ def test_a_graph_made_before_can_still_be_used():
 def test_bad_input_at_the_edge_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+def test_labels_on_two_axes(estimator):
+    """One label for each pixel, and a border without."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    x, y = torch.randn(4, 2, 3, 4).double(), torch.randint(3, (4, 3, 4))
+    y[:, 0], y[1, :, 2] = -100, -100
+    expected = brute_force(model, x, y, estimator)
+    assert distance(fisher.diagonal(model, (x, y), estimator, batch_size=3), expected) < 1e-10
+    if estimator == "exact":
+        assert distance(fisher.diagonal(model, (x, y), tolerance=1e-12), expected) < 1e-10
+    y[y == 0] = 2
+    expected = brute_force(model, x, y, estimator, [1, 2])
+    mask = torch.tensor([False, True, True])
+    assert distance(fisher.diagonal(model, (x, y), estimator, classes=mask), expected) < 1e-10
+
+
+def test_a_head_of_all_classes_in_any_order_is_no_head():
+    model, x, y = make("perceptron")
+    for estimator in DETERMINISTIC:
+        expected = fisher.diagonal(model, (x, y), estimator)
+        for classes in ([0, 1, 2], [2, 0, 1], (1, 2, 0), torch.tensor([2, 1, 0]), torch.ones(3, dtype=torch.bool)):
+            assert distance(fisher.diagonal(model, (x, y), estimator, classes=classes), expected) < 1e-12
+
+
+@pytest.mark.parametrize("small", [1, 42, 84])  # less than one column, one, two
+def test_columns_made_a_few_at_a_time_are_the_same(small, monkeypatch):
+    model, x, y = make("perceptron", n=7)
+    model = nn.Sequential(model, nn.Linear(3, 6)).double()
+    expected = fisher.diagonal(model, (x, y))
+    monkeypatch.setattr(_layers, "SMALL", small)
+    assert distance(fisher.diagonal(model, (x, y)), expected) < 1e-12
+
+
+def test_the_trace_does_not_count_the_padding():
+    torch.manual_seed(0)
+    z, y = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(4, (3, 5))
+    y[:, 2:] = -100
+    weights = fisher._Columns(fisher._Softmax(z, y, None)).weights()
+    p = z.softmax(1)
+    assert torch.allclose(weights.sum(1), (1 - p.square().sum(1))[:, :2].sum(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_softmax_of_half_precision_logits_is_computed_in_single(dtype):
+    torch.manual_seed(0)
+    z = (5 * torch.randn(20, 4)).to(dtype)
+    softmax = fisher._Softmax(z, torch.zeros(20, dtype=torch.long), None)
+    assert torch.allclose(softmax.log_p.squeeze(2).double(), z.double().log_softmax(1), rtol=1e-5, atol=1e-6)
