@@ -1062,3 +1062,39 @@ def test_the_softmax_of_half_precision_logits_is_computed_in_single(dtype):
     z = (5 * torch.randn(20, 4)).to(dtype)
     softmax = fisher._Softmax(z, torch.zeros(20, dtype=torch.long), None)
     assert torch.allclose(softmax.log_p.squeeze(2).double(), z.double().log_softmax(1), rtol=1e-5, atol=1e-6)
+
+
+CLOSED = (
+    "perceptron", "without bias", "sequence", "two sequence axes", "positions folded into the batch", "conv1d", "conv2d",
+    "conv3d", "one position left", "transposed convolution", "transposed convolutions, 1d and 3d",
+    "layer and root-mean-square norm", "group and instance norm", "batch norm", "called twice",
+    "convolution called twice", "called with different numbers of positions", "input given by name", "frozen parameters",
+    "dropout",
+)
+VECTORISED = ("attention, positions first", "parameters outside modules", "weight norm", "lstm", "gru", "rnn")
+
+
+@pytest.mark.parametrize("name", [*CLOSED, *VECTORISED, "embedding"])
+def test_the_fast_way_is_taken_where_there_is_one(name, monkeypatch):
+    """A closed form that is wrong or refused gives no wrong number, as a slower way stands in: this tells them apart."""
+    if name == "embedding":
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 4, padding_idx=2), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)).double()
+        x, y = torch.randint(7, (5, 5)), torch.randint(3, (5,))
+    else:
+        model, x, y = make(name)
+    slow, per_example, one_by_one = [], _layers.Engine._per_example, _layers.Engine._one_by_one
+
+    def counted(self, names, *rest):
+        slow.extend(names if name not in VECTORISED else ())
+        return per_example(self, names, *rest)
+
+    def looped(self, names, x, vectors, z=None):
+        slow.extend(names if z is None else ())  # with z it is the rehearsal
+        return one_by_one(self, names, x, vectors, z)
+
+    monkeypatch.setattr(_layers.Engine, "_per_example", counted)
+    monkeypatch.setattr(_layers.Engine, "_one_by_one", looped)
+    for estimator in DETERMINISTIC:
+        fisher.diagonal(model, (x, y), estimator, batch_size=3)
+    assert slow == []
