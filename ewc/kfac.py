@@ -375,9 +375,13 @@ class KFAC:
     def _basis(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U, V and the products of eigenvalues g_i a_j of the summed G and the mean A."""
         if name not in self._bases:
-            g, U = torch.linalg.eigh(sum(task[name].G for task in self.tasks))
-            a, V = torch.linalg.eigh(sum(task[name].A for task in self.tasks) / len(self.tasks))
-            self._bases[name] = U, V, torch.outer(g.clamp(min=0), a.clamp(min=0))  # rounding may leave -1e-9
+            G = sum(task[name].G for task in self.tasks)
+            A = sum(task[name].A for task in self.tasks) / len(self.tasks)
+            # In single precision a sure network's G, whose entries span many orders of magnitude, loses its small
+            # eigenvalues, and on a GPU the iteration may not converge.
+            (g, U), (a, V) = (torch.linalg.eigh(matrix.cpu().double()) for matrix in (G, A))
+            curvatures = torch.outer(g.clamp(min=0), a.clamp(min=0))  # rounding may leave -1e-18
+            self._bases[name] = U.to(G), V.to(A), curvatures.to(G)
         return self._bases[name]
 
     def _shrink(self, name: str, delta: Tensor, step: float | Tensor) -> Tensor:

@@ -787,3 +787,29 @@ def test_loading_keeps_the_memorys_own_generator():
     memory = KFAC(0.0, generator=generator)
     memory.load_state_dict(consolidated()[0].state_dict())
     assert memory.generator is generator
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e3, 1e6, 1e9])
+def test_pull_is_exact_when_the_factors_span_many_orders_of_magnitude(strength):
+    """The factors of a network that is nearly certain, on images with black pixels, in single precision."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(5, 40, dtype=F64, generator=generator)
+    scale = torch.logspace(0, -6, 5, dtype=F64)
+    G = (scale[:, None] * (mixed @ mixed.T / 40) * scale).float()
+    pixels = torch.randint(0, 3, (16, 7), generator=generator).float()
+    pixels[:, 2], pixels[:, 4] = 0, pixels[:, 5]  # a black pixel, and two that are always equal
+    pixels[:, -1] = 1
+    A = pixels.T @ pixels / 16  # exact in binary: its smallest eigenvalues are 0, not rounding
+    assert G.diagonal().max() > 1e11 * G.diagonal().min() and torch.linalg.matrix_rank(A.double()) < 7
+    layer, memory = nn.Linear(6, 5), KFAC(strength)
+    memory.tasks, memory.count = [{"": kfac.Factors(A, G)}], 1
+    memory.theta_star = {"weight": torch.zeros(5, 6), "bias": torch.zeros(5)}
+    start = torch.randn(5, 7, generator=generator)
+    with torch.no_grad():
+        layer.weight.copy_(start[:, :-1]), layer.bias.copy_(start[:, -1])
+    system = torch.eye(35, dtype=F64) + strength * torch.kron(G.double(), A.double())
+    expected = torch.linalg.solve(system, start.double().reshape(-1)).reshape(5, 7)
+    memory.pull(layer, 1.0)
+    found = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    assert found.dtype == torch.float32
+    close(found.double(), expected, rtol=2e-6)
