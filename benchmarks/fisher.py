@@ -28,6 +28,9 @@ Diagonal = dict[str, Tensor]
 FEW = 24  # images on which the errors are measured
 FEW_TO_TRAIN = {"convolutional": 10_000}  # on a CPU its ten epochs over everything take a quarter of an hour
 SLOW = 20  # the loops at batch size one run on this fraction of the images
+# Images in one pass, as suits the device; `ewc` chooses for itself.
+PLAIN = {"cpu": 512, "cuda": 10_000}
+PEERS = {"cpu": 128, "cuda": 2048}
 
 
 def perceptron(shape: Sequence[int], width: int) -> nn.Sequential:
@@ -55,7 +58,8 @@ NETWORKS: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {
 
 
 def plain_pass(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    for a, b in zip(x.split(512), y.split(512)):
+    size = PLAIN[x.device.type]
+    for a, b in zip(x.split(size), y.split(size)):
         F.cross_entropy(model(a), b).backward()
     model.zero_grad()
 
@@ -81,7 +85,8 @@ def torch_func(model: nn.Module, x: Tensor, y: Tensor) -> Diagonal:
     params = {n: p.detach() for n, p in model.named_parameters()}
     total = {n: torch.zeros_like(p) for n, p in params.items()}
     each = vmap(grad(lambda p, a, b: F.cross_entropy(functional_call(model, p, (a[None],)), b[None])), (None, 0, 0))
-    for a, b in zip(x.split(128), y.split(128)):
+    size = PEERS[x.device.type]
+    for a, b in zip(x.split(size), y.split(size)):
         for n, g in each(params, a, b).items():
             total[n] += g.square().sum(0)
     return {n: t / len(x) for n, t in total.items()}
@@ -101,7 +106,8 @@ def backpack(quantity: str) -> Callable:
         twin = extended[id(model)]
         loss = peer.extend(nn.CrossEntropyLoss(reduction="sum"))
         total = {n: torch.zeros_like(p) for n, p in twin.named_parameters()}
-        for a, b in zip(x.split(128), y.split(128)):
+        size = PEERS[x.device.type]
+        for a, b in zip(x.split(size), y.split(size)):
             with peer.backpack(extension()):
                 loss(twin(a), b).backward()
             for n, p in twin.named_parameters():
@@ -118,7 +124,7 @@ def nngeometry() -> Callable:
     from torch.utils.data import DataLoader, TensorDataset
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Diagonal:
-        loader = DataLoader(TensorDataset(x, y), batch_size=250)
+        loader = DataLoader(TensorDataset(x, y), batch_size=PEERS[x.device.type])
         flat = FIM(model=model, loader=loader, representation=PMatDiag, variant="classif_logits", device=x.device)
         parts = flat.get_diag().detach().split([p.numel() for p in model.parameters()])
         return {n: part.view_as(p) for part, (n, p) in zip(parts, model.named_parameters())}
@@ -136,7 +142,8 @@ def laplace() -> Callable:
             twin = copy.deepcopy(model)
             backends[id(model)] = BackPackGGN(twin, "classification"), twin
         backend, twin = backends[id(model)]
-        flat = sum(backend.diag(a, b)[1] for a, b in zip(x.split(128), y.split(128))) / len(x)
+        size = PEERS[x.device.type]
+        flat = sum(backend.diag(a, b)[1] for a, b in zip(x.split(size), y.split(size))) / len(x)
         parts = flat.detach().split([p.numel() for p in twin.parameters()])
         return {n: part.view_as(p) for part, (n, p) in zip(parts, twin.named_parameters())}
 
@@ -297,6 +304,7 @@ def main() -> None:
     parser.add_argument("--data", help="a data set of ewc.tasks.load")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.allow_tf32 = False  # as in `fisher.diagonal`: the same precision for all
     print(f"{recorded.machine(tasks.device())}, torch {torch.__version__}")
     for network in arguments.networks:
         rows = measure(
