@@ -1098,3 +1098,13 @@ def test_the_fast_way_is_taken_where_there_is_one(name, monkeypatch):
     for estimator in DETERMINISTIC:
         fisher.diagonal(model, (x, y), estimator, batch_size=3)
     assert slow == []
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+def test_an_embedding_with_sparse_gradients(estimator):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)).double()
+    sparse = copy.deepcopy(dense)
+    sparse[0].sparse = True
+    x, y = torch.randint(7, (6, 5)), torch.randint(3, (6,))
+    assert distance(fisher.diagonal(sparse, (x, y), estimator), brute_force(dense, x, y, estimator)) < 1e-10
