@@ -1108,3 +1108,15 @@ def test_an_embedding_with_sparse_gradients(estimator):
     sparse[0].sparse = True
     x, y = torch.randint(7, (6, 5)), torch.randint(3, (6,))
     assert distance(fisher.diagonal(sparse, (x, y), estimator), brute_force(dense, x, y, estimator)) < 1e-10
+
+
+@pytest.mark.parametrize("budget", [1, 2**7, 2**10])
+@pytest.mark.parametrize("name", ["sequence", "conv2d", "transposed convolution", "called twice", "attention", "lstm"])
+def test_the_memory_budget_does_not_change_the_result(name, budget, monkeypatch):
+    """Sums that are broken off and taken up again, of examples and of output vectors."""
+    monkeypatch.setattr(_layers, "BUDGET", budget)
+    model, x, y = make(name)
+    for estimator in DETERMINISTIC:
+        expected = brute_force(model, x, y, estimator)
+        assert distance(fisher.diagonal(model, (x, y), estimator), expected) < 1e-10
+        assert distance(fisher.diagonal(model, (x, y), estimator, batch_size=5), expected) < 1e-10
