@@ -177,6 +177,8 @@ def test_a_page_with_symbols(build):
         ),
         (GOOD.replace(":indices: i", ":indices: n"), "eq-penalty: i is not a symbol of this page"),
         (GOOD.replace("F_i", "F_i + x"), "eq-penalty: x is not a symbol of this page"),
+        (GOOD.replace("the penalty", "the penalty of $x$"), "$x$: x is not a symbol of this page"),
+        (GOOD + "\n\nWhy is $F_j > 0$?", "$F_j > 0$: j is not a symbol of this page"),
         (
             GOOD.replace("F_i", "1").replace("$$ (eq", "+ 1 $$ (eq"),
             "symbol fisher is declared but no formula",
@@ -219,6 +221,20 @@ def test_a_symbol_that_no_page_uses_fails_the_build_when_required(build):
     assert "symbol x of book/symbols.yml is used on no page" in book.messages
 
 
+def test_what_a_cell_prints_and_what_a_docstring_says_declare_nothing(build):
+    docstring = ".. autofunction:: ewc.curvature.gauss_newton"  # its formulas are full of letters
+    printed = ("cell", "from IPython.display import Markdown\nMarkdown('so $z = 1$')")
+    book = build(
+        GOOD,
+        printed,
+        f"```{{eval-rst}}\n{docstring}\n```",
+        execute="force",
+        extra="extensions += ['sphinx.ext.autodoc', 'sphinx.ext.napoleon']",
+    )
+    assert book.status == 0, book.messages
+    assert r"\(z = 1\)" in book.html() and r"J_n^\top" in book.html()
+
+
 # In a browser -----------------------------------------------------------------------------------------------------
 
 MATHJAX = """
@@ -226,6 +242,23 @@ mathjax_path = "mathjax/tex-chtml.js"
 mathjax3_config = {"loader": {"load": ["[tex]/html"]},
                    "options": {"menuOptions": {"settings": {"inTabOrder": False}}},
                    "tex": {"packages": {"[+]": ["html"], "[-]": ["noundefined"]}}}
+"""
+
+
+CELL = """
+from ewc import (
+    EWC,
+    fisher,  # the module: here no `fisher` is the quantity
+)
+
+fisher.diagonal(net).fisher + net.theta
+theta = net.curvature - theta_star
+memory = EWC(theta=1, stiffness=theta)
+fisher == F
+"""
+LOOP = """
+def total(theta, F):
+    return sum(F * t for t, F in theta) + sum(F for theta in net) + (theta == F)
 """
 
 
@@ -237,7 +270,8 @@ def page(build):
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on the path")
     from playwright import sync_api
 
-    book = build(GOOD, extra=MATHJAX)
+    forms = tiny_book.SYMBOLS.replace("code: [fisher]", "code: [fisher, .curvature, F, for F, stiffness=]")
+    book = build(GOOD, ("cell", CELL), ("cell", LOOP), files={"book/symbols.yml": forms}, extra=MATHJAX)
     website.copy_mathjax(book.folder / "_build/_static")
     (book.folder / "_build/favicon.ico").touch()
     handler = functools.partial(Quiet, directory=str(book.folder / "_build"))
@@ -303,6 +337,25 @@ def test_symbols_light_up_both_ways_by_mouse_keyboard_and_touch(page):
     assert lit(page) == [["theta-star"], ["theta-star"]]
     box = tip.bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+@pytest.mark.browser
+def test_only_the_quantity_itself_lights_up_in_the_code(page):
+    """A module, an attribute, an argument's name: only in the forms that symbols.yml lists."""
+    named = "e => [...e.querySelectorAll('.n')].map(n => n.textContent + (n.dataset.sym ? ' ' + n.dataset.sym : ''))"
+    first, second = (cell.evaluate(named) for cell in page.locator(".cell_input").all())
+    assert first[first.index("diagonal") - 1 :] == [
+        *("fisher", "diagonal", "net", "fisher", "net", "theta"),
+        *("theta theta", "net", "curvature fisher", "theta_star theta-star"),
+        *("memory", "EWC", "theta", "stiffness fisher", "theta theta"),
+        *("fisher", "F fisher"),
+    ]
+    assert second[second.index("theta theta") :] == [
+        *("theta theta", "F fisher"),
+        *("F fisher", "t", "t", "F fisher", "theta theta"),
+        *("F fisher", "theta theta", "net", "theta theta", "F fisher"),
+    ]
+    assert page.locator(".highlight-python [data-sym=fisher]").count() == 1, "it stands alone, outside of the cells"
 
 
 @pytest.mark.browser

@@ -2,6 +2,7 @@
 
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.util.nodes import get_node_source
 
 
 class fold(nodes.General, nodes.Element):
@@ -38,7 +39,7 @@ def ancestor(node, element):
 
 def secondary(formula):
     """Whether a formula is not the book's own statement: printed by a cell, or part of a docstring."""
-    return ancestor(formula, "cell_code_output") is not None or "docstring of" in (formula.source or "")
+    return ancestor(formula, "cell_code_output") is not None or "docstring of" in (get_node_source(formula) or "")
 
 
 def pages(env):

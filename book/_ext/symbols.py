@@ -2,7 +2,8 @@ r"""Symbols that know what they are: `book/symbols.yml` joined with the formulas
 
 Formulas are standard LaTeX. While a page is read, each symbol that its `{symbols}` directive names is found in them
 and wrapped in `\class{sym sym-NAME}{...}`, which looks the same; `symbols.js` does the rest in the browser. A letter
-of a display equation that is neither a symbol of the page nor one of its `:indices:` fails the build.
+of any formula, displayed or in a sentence, that is neither a symbol of the page nor one of its `:indices:` fails the
+build. An index is a letter that counts, or that means something for a sentence or an exercise only.
 """
 
 from __future__ import annotations
@@ -304,9 +305,17 @@ def describe(symbol, button=False):
         formula = [nodes.raw("", start, format="html"), formula, nodes.raw("", "</button>", format="html")]
     else:
         formula = [formula]
-    codes = [node for code in symbol.code for node in (nodes.literal("", code), nodes.Text(" "))]
+    names = dict.fromkeys(code.removeprefix("for ") for code in symbol.code)
+    codes = [node for name in names for node in (nodes.literal("", name), nodes.Text(" "))]
     meaning = [nodes.strong("", symbol.name), nodes.Text(f": {symbol.meaning}")]
     return [formula, meaning, [nodes.Text(f"{symbol.shape}; {symbol.unit}")], codes]
+
+
+def line(formula):
+    """Where the formula is: one in a sentence has no line of its own."""
+    while formula is not None and not formula.line:
+        formula = formula.parent
+    return formula and formula.line
 
 
 def wrap(app, doctree):
@@ -326,11 +335,12 @@ def wrap(app, doctree):
         reader = Reader(node.astext(), chosen, indices)
         wrapped = reader.rewrite()
         found |= reader.found
-        if isinstance(node, nodes.math_block) and (node.get("label") or not parts.secondary(node)):
-            name = node.get("label") or "a display equation"
+        if node.get("label") or not parts.secondary(node):
+            shown = "a display equation" if isinstance(node, nodes.math_block) else f"${node.astext()}$"
             for letter in dict.fromkeys(reader.uncovered):
-                message = f"{name}: {letter} is not a symbol of this page. Name it in {{symbols}} (add it to {FILE} "
-                problems.append((node.line, message + "if it is new), or in its :indices: if it only counts"))
+                message = f"{node.get('label') or shown}: {letter} is not a symbol of this page. Name it in {{symbols}} "
+                message += f"(add it to {FILE} if it is new), or in its :indices: if it only counts or is used in passing"
+                problems.append((line(node), message))
         if reader.found:
             node.children = [nodes.Text(wrapped)]
     problems += [

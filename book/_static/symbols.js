@@ -33,9 +33,49 @@
   if (!holder) return;
   const { symbols, codes } = JSON.parse(holder.textContent);
 
-  const identifiers = ".cell_input .highlight .n, .highlight-python .n, code.literal > .pre";
-  for (const element of document.querySelectorAll(identifiers)) {
-    if (Object.hasOwn(codes, element.textContent)) element.dataset.sym = codes[element.textContent];
+  // A name in the code is the quantity when it stands alone. After a dot, as the name of an argument, as a loop's
+  // variable of one letter or when the page imports it, it is something else, unless symbols.yml lists it in that form:
+  // `.weight`, `lr=`, `for x`.
+  const cells = [...document.querySelectorAll(".cell_input .highlight pre")];
+  const importsOf = pre => [...pre.textContent.matchAll(/^\s*(?:from\s+\S+\s+)?import\s+(\([^)]*\)|[^#\n]*)/gm)]
+    .flatMap(match => match[1].match(/\w+/g) ?? []);
+  const imported = new Set(cells.flatMap(importsOf));
+
+  function loopVariables(pre) {
+    const found = new Set();
+    let inside = false;
+    for (const token of pre.querySelectorAll(".k, .ow, .n")) {
+      if (token.matches(".k")) inside = token.textContent === "for";
+      else if (token.matches(".ow")) inside = false; // in
+      else if (inside && token.textContent.length === 1) found.add(token.textContent);
+    }
+    return found;
+  }
+
+  function mark(element, form) {
+    if (Object.hasOwn(codes, form)) element.dataset.sym = codes[form];
+  }
+
+  for (const pre of document.querySelectorAll(".cell_input .highlight pre, .highlight-python pre")) {
+    const code = pre.textContent, inCell = cells.includes(pre), own = new Set(importsOf(pre));
+    const isModule = (name, after) => own.has(name) || (imported.has(name) && (inCell || after.startsWith(".")));
+    const loops = loopVariables(pre);
+    const texts = document.createTreeWalker(pre, NodeFilter.SHOW_TEXT);
+    let before = "";
+    for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+      const name = text.data, element = text.parentElement;
+      const after = code.slice(before.length + name.length);
+      if (element.matches(".n")) {
+        if (/\.\s*$/.test(before)) mark(element, `.${name}`);
+        else if (/^=(?!=)/.test(after)) mark(element, `${name}=`);
+        else if (loops.has(name)) mark(element, `for ${name}`);
+        else if (!isModule(name, after)) mark(element, name);
+      }
+      before += name;
+    }
+  }
+  for (const element of document.querySelectorAll("code.literal > .pre")) {
+    if (!imported.has(element.textContent)) mark(element, element.textContent);
   }
 
   const tip = document.createElement("div");
