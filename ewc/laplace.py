@@ -247,6 +247,8 @@ def predict(
     "Mean-field approximation to Gaussian-softmax integral with application to uncertainty estimation" (2020);
     Immer, Korzepa and Bauer, "Improving predictions of Bayesian neural nets via local linearization"
     (AISTATS 2021).
+
+    Implements: eq-logistic-predictive, eq-logistic-predictive-probit
     """
     weights = curvature.vector(model, dict(model.named_parameters())).detach()
     if not torch.equal(weights, posterior.mode):

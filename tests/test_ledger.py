@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -234,16 +236,27 @@ def test_every_estimator_and_every_penalty_has_an_equation():
     implemented = ledger.implementations(ROOT)
     assert {f"eq-fisher-{estimator}" for estimator in fisher.ESTIMATORS} <= implemented.keys()
     covered = {code.name for codes in implemented.values() for code in codes}
-    penalties = [
-        f"{path.stem}.{name}"
-        for path in (ROOT / "ewc").glob("[!_]*.py")
-        for name in re.findall(
-            r"^class (\w+).*?:\n(?:(?!^class ).*\n)*?    def penalty\(", path.read_text(), re.MULTILINE
-        )
-    ]
-    assert "elastic.EWC" in penalties
+    modules = [importlib.import_module(f"ewc.{path.stem}") for path in (ROOT / "ewc").glob("[!_]*.py")]
+    penalties = {
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name, thing in inspect.getmembers(module, inspect.isclass)
+        if thing.__module__ == module.__name__ and hasattr(thing, "penalty") and not name.startswith("_")
+    }
+    inherited = {f"ewc.relatives.{name}" for name in ("L2", "SynapticIntelligence", "MemoryAwareSynapses")}
+    assert {"ewc.elastic.EWC", "ewc.kfac.KFAC"} | inherited <= penalties
     for penalty in penalties:
-        assert {f"ewc.{penalty}", f"ewc.{penalty}.penalty"} & covered, f"{penalty} names no equation"
+        assert {penalty, f"{penalty}.penalty"} & covered, f"{penalty} names no equation"
+
+
+def test_every_public_function_of_the_laplace_approximation_has_an_equation():
+    from ewc import laplace
+
+    covered = {code.name for codes in ledger.implementations(ROOT).values() for code in codes}
+    public = {f"ewc.laplace.{name}" for name, thing in inspect.getmembers(laplace, inspect.isfunction)
+              if thing.__module__ == "ewc.laplace" and not name.startswith("_")}
+    assert "ewc.laplace.predict" in public
+    assert public <= covered
 
 
 def test_every_public_module_is_on_the_api_page():

@@ -49,7 +49,10 @@ def test_a_page_that_measures_time_runs_alone_and_last(tmp_path, capsys, monkeyp
     assert "alone: True" in book.html("timed")
 
 
-def test_a_failing_page_fails_the_build_with_its_traceback(tmp_path, capsys):
-    book = build(tmp_path, capsys, execute="cache", extra=EXTRA.format(tmp_path), options=["-W"], one=[("cell", "1 / 0")])
+def test_a_failing_page_fails_the_build_with_the_chapter_the_cell_and_the_traceback(tmp_path, capsys):
+    cells = [("cell", "zero = 0"), ("cell", "# the culprit\nprint(1 / zero)"), ("cell", "# never reached\nzero + 1")]
+    book = build(tmp_path, capsys, execute="cache", extra=EXTRA.format(tmp_path), options=["-W"], one=cells)
     assert book.status != 0
+    assert "one.ipynb:Executing notebook failed" in book.messages
+    assert "# the culprit\nprint(1 / zero)" in book.messages and "# never reached" not in book.messages
     assert "ZeroDivisionError" in book.messages
