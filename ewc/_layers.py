@@ -38,6 +38,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def numbers(tensors: Sequence[Tensor]) -> list:
+    """The values of tensors of one number each; a GPU is waited for once, not once for each."""
+    return torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else []
+
+
 # ---- recording ------------------------------------------------------------------------------------------------------
 
 
@@ -588,25 +593,27 @@ class Engine:
         owners, _ = closed_calls(z, calls, self.names)
         fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
         truth = self._one_by_one(list(self.wanted), x, v, z.detach())
-        size = {name: float(t.norm()) for name, t in truth.items()}
+        size = dict(zip(truth, numbers([t.norm() for t in truth.values()])))
         scale = max(size[name] / math.sqrt(t.numel()) for name, t in truth.items())
 
-        def agrees(name: str, value: Tensor) -> bool:
-            dtype = self.wanted[name].dtype
-            # A gradient that is zero but for rounding (a bias before a normalisation) is judged against the others.
-            floor = min(1e-3, (100 * torch.finfo(dtype).eps) ** 2) * scale * math.sqrt(value.numel())
-            distance = float(torch.dist(value.reshape(truth[name].shape), truth[name]))
-            return distance <= TOLERANCE.get(dtype, 0.2) * size[name] + floor
+        def differing(values: dict[str, Tensor]) -> set[str]:
+            far = numbers([torch.dist(part.reshape(truth[name].shape), truth[name]) for name, part in values.items()])
+            wrong = set()
+            for name, distance in zip(values, far):
+                dtype = self.wanted[name].dtype
+                # A gradient of zero but for rounding (a bias before a normalisation) is judged against the others.
+                floor = min(1e-3, (100 * torch.finfo(dtype).eps) ** 2) * scale * math.sqrt(truth[name].numel())
+                if not distance <= TOLERANCE.get(dtype, 0.2) * size[name] + floor:  # NaN is wrong, too
+                    wrong.add(name)
+            return wrong
 
-        for name, value in fast.items():
-            if not agrees(name, value):
-                self.refused.add(name)
-            elif size[name]:  # zeros prove nothing: look again at the next chunk
+        wrong = differing(fast)
+        self.refused |= wrong
+        for name in fast.keys() - wrong:
+            if size[name]:  # zeros prove nothing: look again at the next chunk
                 mark = tuple(c.signature(len(x)) for c in owners[name])
                 self.trusted.setdefault(name, set()).add(mark)
         if not self.rehearsed:
             slow = [name for name in self.wanted if name not in self.trusted]
-            for name, value in self._per_example(slow, x, v).items():
-                if not agrees(name, value):
-                    self.looped.add(name)
+            self.looped |= differing(self._per_example(slow, x, v))
         self.rehearsed = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import length_hint
 
 import torch
 from torch import Tensor, nn
@@ -303,7 +304,7 @@ def _check_logits(z: Tensor, labels: Tensor) -> None:
     if not labels.is_floating_point():
         in_range = (labels >= 0) & (labels < z.shape[1])
         good.append((in_range if labels.dim() == 1 else in_range | (labels == IGNORED)).all())
-    good = torch.stack(good).tolist()  # a GPU is waited for once
+    good = _layers.numbers(good)
     if not good[0]:
         raise ValueError("The model's logits are not finite; check its weights and the scale of the inputs.")
     if not all(good):
@@ -357,11 +358,12 @@ def _mean(engine: _layers.Engine) -> dict[str, Tensor]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for total in (count, *engine.totals.values()):
             torch.distributed.all_reduce(total)
-    if not count:
-        raise ValueError("The data hold no example; the Fisher information is a mean over at least one.")
     fisher = {name: total / count for name, total in engine.totals.items()}
-    for name, value in fisher.items():
-        if not torch.isfinite(value).all():
+    counted, *finite = _layers.numbers([count > 0, *(torch.isfinite(value).all() for value in fisher.values())])
+    if not counted:
+        raise ValueError("The data hold no example; the Fisher information is a mean over at least one.")
+    for name, good in zip(fisher, finite):
+        if not good:
             raise ValueError(f"The Fisher information of {name!r} is not finite; the gradients overflow.")
     return fisher
 
@@ -406,6 +408,6 @@ def _progress(data) -> Iterator:
     from tqdm import tqdm
 
     first = data[0] if isinstance(data, (tuple, list)) and data else getattr(data, "dataset", data)
-    total = len(first) if hasattr(first, "__len__") else None
+    total = length_hint(first) or None  # of what has no length, such as a single number: `_blocks` says what is wrong
     with tqdm(total=total, desc="Fisher", unit=" examples", delay=3, leave=False, disable=not sys.stderr.isatty()) as bar:
         yield bar

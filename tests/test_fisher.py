@@ -1120,3 +1120,29 @@ def test_the_memory_budget_does_not_change_the_result(name, budget, monkeypatch)
         expected = brute_force(model, x, y, estimator)
         assert distance(fisher.diagonal(model, (x, y), estimator), expected) < 1e-10
         assert distance(fisher.diagonal(model, (x, y), estimator, batch_size=5), expected) < 1e-10
+
+
+@pytest.mark.parametrize("data", [(torch.tensor(1.0), torch.tensor(1)), DataLoader([])])
+def test_data_without_a_length_are_refused_in_words_also_by_the_progress_bar(data):
+    with pytest.raises(ValueError, match="share their first axis|hold no example"):
+        fisher.diagonal(_linear(), data)
+
+
+def test_parameters_of_different_precision():
+    """What is compared and checked for all the parameters at once is of no common type."""
+    torch.manual_seed(0)
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return self.two(self.one(x).tanh().double())
+
+    model, x, y = Mixed(), torch.randn(6, 4), torch.randint(3, (6,))
+    diagonal = fisher.diagonal(model, (x, y), "empirical")
+    truth = brute_force(copy.deepcopy(model).double(), x.double(), y, "empirical")
+    for name, p in model.named_parameters():
+        assert diagonal[name].dtype == p.dtype
+        torch.testing.assert_close(diagonal[name].double(), truth[name], rtol=1e-4, atol=1e-8)
