@@ -296,7 +296,8 @@ class KFAC:
             if len(self.tasks) == 1 and number:
                 delta = self._shrink(name, start, size)
             else:
-                delta = self._conjugate_gradients(name, start, torch.as_tensor(size).to(start))
+                size = torch.as_tensor(size, dtype=start.dtype, device=start.device)
+                delta = self._conjugate_gradients(name, start, size)
             for parameter, part in _parts(layer, anchor + delta):
                 parameter.copy_(part)
 
@@ -556,7 +557,11 @@ def _step(layer: nn.Module, name: str, step: float | Mapping[str, Tensor]) -> fl
                 raise ValueError(
                     f"step has no entry for {prefix + key!r}: give one for each parameter, or one number."
                 )
-        spread = {key: torch.as_tensor(step[prefix + key]).to(p).expand_as(p) for key, p in own.items()}
+        # The weight's type from the start: a plain number would pass through float32.
+        spread = {
+            key: torch.as_tensor(step[prefix + key], dtype=p.dtype, device=p.device).expand_as(p)
+            for key, p in own.items()
+        }
         size = _joined(spread["weight"], spread.get("bias"))
         sound = bool(size.isfinite().all() and (size >= 0).all())
     else:
