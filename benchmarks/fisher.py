@@ -15,7 +15,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,13 @@ NETWORKS: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {
 # ---- the methods: (model, x, y) -> mean diagonal -----------------------------------------------------------------
 
 
+def batches(x: Tensor, y: Tensor, sizes: dict[str, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    size = sizes[x.device.type]
+    return zip(x.split(size), y.split(size))
+
+
 def plain_pass(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    size = PLAIN[x.device.type]
-    for a, b in zip(x.split(size), y.split(size)):
+    for a, b in batches(x, y, PLAIN):
         F.cross_entropy(model(a), b).backward()
     model.zero_grad()
 
@@ -85,8 +89,7 @@ def torch_func(model: nn.Module, x: Tensor, y: Tensor) -> Diagonal:
     params = {n: p.detach() for n, p in model.named_parameters()}
     total = {n: torch.zeros_like(p) for n, p in params.items()}
     each = vmap(grad(lambda p, a, b: F.cross_entropy(functional_call(model, p, (a[None],)), b[None])), (None, 0, 0))
-    size = PEERS[x.device.type]
-    for a, b in zip(x.split(size), y.split(size)):
+    for a, b in batches(x, y, PEERS):
         for n, g in each(params, a, b).items():
             total[n] += g.square().sum(0)
     return {n: t / len(x) for n, t in total.items()}
@@ -106,8 +109,7 @@ def backpack(quantity: str) -> Callable:
         twin = extended[id(model)]
         loss = peer.extend(nn.CrossEntropyLoss(reduction="sum"))
         total = {n: torch.zeros_like(p) for n, p in twin.named_parameters()}
-        size = PEERS[x.device.type]
-        for a, b in zip(x.split(size), y.split(size)):
+        for a, b in batches(x, y, PEERS):
             with peer.backpack(extension()):
                 loss(twin(a), b).backward()
             for n, p in twin.named_parameters():
@@ -142,8 +144,7 @@ def laplace() -> Callable:
             twin = copy.deepcopy(model)
             backends[id(model)] = BackPackGGN(twin, "classification"), twin
         backend, twin = backends[id(model)]
-        size = PEERS[x.device.type]
-        flat = sum(backend.diag(a, b)[1] for a, b in zip(x.split(size), y.split(size))) / len(x)
+        flat = sum(backend.diag(a, b)[1] for a, b in batches(x, y, PEERS)) / len(x)
         parts = flat.detach().split([p.numel() for p in twin.parameters()])
         return {n: part.view_as(p) for part, (n, p) in zip(parts, twin.named_parameters())}
 
