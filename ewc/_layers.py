@@ -428,7 +428,7 @@ class Engine:
         cuda = self.device.type == "cuda"
         self.budget = 32 * BUDGET if cuda else BUDGET
         self.batch_size = batch_size
-        self.largest_batch = 32768 if cuda else 1024
+        self.largest_batch = 32768 if cuda else 2048
         self.rehearsed = False
         self.trusted: dict[str, set] = {}  # closed forms that passed the rehearsal, with the shapes they passed for
         self.refused: set[str] = set()  # closed forms that did not
