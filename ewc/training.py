@@ -181,11 +181,12 @@ def sweep(
     base = models[0]
     places = {place: name for place, (name, _) in curvature.places(base).items()}
     stacked, buffers = stack_module_state(list(models))
+    own = dict(base.named_parameters())
     linear = {id(m.weight) for m in base.modules() if type(m) is nn.Linear}
-    for name, p in base.named_parameters():
+    for name, p in own.items():
         if id(p) in linear:  # as a batched product lays out its gradient: autograd would copy any other into this shape
             stacked[name] = stacked[name].detach().mT.contiguous().mT.requires_grad_(p.requires_grad)
-    trained = {k: p for k, p in stacked.items() if dict(base.named_parameters())[k].requires_grad}
+    trained = {name: p for name, p in stacked.items() if own[name].requires_grad}
     shared = len(set(seeds)) == 1
 
     def logits(inputs: Tensor, in_dim: int | None) -> Tensor:
