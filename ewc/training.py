@@ -310,7 +310,7 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
     if optimizer == "sgd":
         opt = torch.optim.SGD(tensors, lr=lr, momentum=momentum, foreach=True)
     else:
-        opt = torch.optim.Adam(tensors, lr=lr, foreach=True)
+        opt = torch.optim.Adam(tensors, lr=lr, fused=True)  # one pass over its four tensors, not five
     if moments:
         # A copy: the optimiser writes into its state, and the rate is this run's, not the last one's.
         opt.load_state_dict({"state": copy.deepcopy(moments), "param_groups": opt.state_dict()["param_groups"]})
