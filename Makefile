@@ -1,4 +1,4 @@
-# make book | test | lab | serve | pdf | clean.  Each recipe is what a person would type.
+# make book | test | lab | serve | pdf | lint | clean.  Each recipe is what a person would type.
 PYTHON ?= python3
 PORT   ?= 8000
 BIN    := .venv/bin
