@@ -37,6 +37,8 @@ TYPESET = """async () => {
   return document.querySelectorAll("mjx-merror").length;
 }"""
 WIDER = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+SMALL = """() => [...document.querySelectorAll("svg.ewc-figure")].filter(svg => svg.checkVisibility())
+  .map(svg => 9 * svg.clientWidth / svg.viewBox.baseVal.width).filter(height => height < 9.5)"""  # their letters have 9 pt
 STILL = "*, ::before, ::after { transition: none !important; animation: none !important; }"
 UNREACHABLE = """() => [...document.querySelectorAll("a[href], button, input, select, textarea, summary, [role=button]")]
   .filter(e => e.tabIndex < 0 && !e.disabled && e.checkVisibility({visibilityProperty: true}) && !e.closest("[inert], [aria-hidden=true]"))
@@ -97,6 +99,7 @@ class Visit:
     formula_errors: int = 0
     wider: dict[str, int] = field(default_factory=dict)
     axe: dict[str, list[str]] = field(default_factory=dict)
+    small: list[float] = field(default_factory=list)  # height of the letters in figures that are too small on a phone
     no_icon: list[str] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)
     answered: list[str] = field(default_factory=list)  # the address of every file that came
@@ -147,8 +150,10 @@ def look(browser, server: str, page: str) -> Visit:
         visit.axe[theme] = tab.evaluate(SERIOUS, only)
         visit.wider[theme] = tab.evaluate(WIDER)
     tab.set_viewport_size({"width": 390, "height": 800})
-    tab.wait_for_timeout(150)
+    tab.wait_for_timeout(450)  # the theme waits 300 ms before it looks what has to be scrolled now
     visit.wider["390 px"] = tab.evaluate(WIDER)
+    visit.axe["390 px"] = tab.evaluate(SERIOUS, ["scrollable-region-focusable"])
+    visit.small = tab.evaluate(SMALL)
     tab.context.close()
     return visit
 
@@ -194,14 +199,18 @@ def test_every_formula_is_typeset(visits):
     assert not wrong(visits, "formula_errors")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(visits, theme):
-    assert not {page: visit.axe[theme] for page, visit in visits.items() if visit.axe[theme]}
+@pytest.mark.parametrize("view", ["light", "dark", "390 px"])
+def test_axe_finds_nothing_serious(visits, view):
+    assert not {page: visit.axe[view] for page, visit in visits.items() if visit.axe[view]}
 
 
 @pytest.mark.parametrize("view", ["light", "dark", "390 px"])
 def test_no_page_scrolls_sideways(visits, view):
     assert not {page: visit.wider[view] for page, visit in visits.items() if visit.wider[view] > 0}
+
+
+def test_figures_can_be_read_on_a_phone(visits):
+    assert not wrong(visits, "small")
 
 
 def test_whatever_can_be_clicked_is_a_stop_of_the_tab_key(visits):

@@ -27,7 +27,15 @@
   const inline = [...document.querySelectorAll("span.math")];
   const set = new MutationObserver(records => new Set(records.map(record => record.target)).forEach(fit));
   for (const box of inline) set.observe(box, { childList: true });
+
   addEventListener("resize", () => inline.forEach(fit));
+
+  // So does a figure on a phone, by its style. It may be hidden until somebody unfolds what it is in.
+  const sized = new ResizeObserver(records => records.forEach(({ target: box }) => {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }));
+  for (const box of document.querySelectorAll("div.output:has(> svg.ewc-figure)")) sized.observe(box);
 
   const holder = document.getElementById("symbols-data");
   if (!holder) return;
