@@ -23,7 +23,10 @@ SEED = re.compile(r"(?:manual_seed|default_rng|\bseeds?)\s*(?:=|\()\s*(range\([^
 
 
 def git(root: Path, *words: str) -> str:
-    run = subprocess.run(["git", "-C", str(root), *words], check=False, capture_output=True, text=True)
+    try:
+        run = subprocess.run(["git", "-C", str(root), *words], check=False, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return ""
     return run.stdout.strip() if run.returncode == 0 else ""
 
 

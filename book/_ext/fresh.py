@@ -55,7 +55,8 @@ def settings() -> dict[str, str]:
         os.environ["EWC_DATASET"] = "mnist" if tasks.pair("cpu")[0].name == "mnist" else "embedded"
     os.environ["EWC_SCALE"] = tasks.scale()
     device = tasks.device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads != 1)}"
     return {"data": os.environ["EWC_DATASET"], "scale": tasks.scale(), "device": name}
 
 

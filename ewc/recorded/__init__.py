@@ -43,7 +43,9 @@ def machine(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows the name
     names = re.findall(r"^model name\s*: (.+)$", about.read_text() if about.exists() else "", flags=re.MULTILINE)
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 def load(name: str) -> dict[str, Any]:
