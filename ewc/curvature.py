@@ -8,6 +8,9 @@ Conventions: the loss is the *mean* cross-entropy of the softmax over the exampl
 mode and comes back as it was; parameters are flattened in the order of ``model.named_parameters()``, frozen
 ones left out, and :func:`blocks` says which rows and columns belong to which of them. Shapes: N examples,
 C classes, P parameters.
+
+Labels are integers, one for each example. What runs the model raises ValueError for a model without trainable
+parameters and for logits that are not finite, and TypeError for data of another kind.
 """
 
 from collections.abc import Iterator
@@ -17,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
+
+from ewc.fisher import _blocks
 
 __all__ = [
     "blocks",
@@ -130,7 +135,7 @@ def gauss_newton(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Te
 
     :math:`\mathrm{GGN} = \frac1N \sum_n J_n^\top \left( \operatorname{diag}(p_n) - p_n p_n^\top \right) J_n`
 
-    The labels cancel: only their shape is looked at. For the softmax it equals the Fisher matrix.
+    The labels cancel: they are checked and not used. For the softmax it equals the Fisher matrix.
 
     Args:
         model: a network that maps (N, ...) to logits (N, C).
@@ -140,7 +145,7 @@ def gauss_newton(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Te
         (P, P), symmetric, positive semi-definite.
 
     Raises:
-        ValueError: the matrix would be larger than 2 GiB or the data is empty.
+        ValueError: the matrix would be larger than 2 GiB, the data is empty or a label out of range.
 
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent" (2002);
     Martens, "New insights and perspectives on the natural gradient method" (JMLR 2020).
@@ -328,16 +333,8 @@ def _check_size(elements: int, theta: Tensor, what: str) -> None:
 
 def batches(data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and labels of a pair of tensors, a dataset or a loader, part by part."""
-    if isinstance(data, TensorDataset):
-        data = data.tensors
-    if isinstance(data, (tuple, list)):
-        x, y = data
-        if len(x) != len(y):
-            raise ValueError(f"{len(x)} inputs and {len(y)} labels: give the same number of both.")
-        data = zip(x.split(batch_size), y.split(batch_size))
-    elif not isinstance(data, DataLoader):
-        data = DataLoader(data, batch_size)
-    yield from ((x, y) for x, y in data if len(x))
+    for x, y in _blocks(data):
+        yield from zip(x.split(batch_size), y.split(batch_size))
 
 
 def collect(data, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,7 +343,14 @@ def collect(data, theta: Tensor) -> tuple[Tensor, Tensor]:
     if not pairs:
         raise ValueError("the data holds no example: at least one is needed.")
     x, y = (torch.cat(parts) for parts in zip(*pairs))
-    return like(x, theta), y.to(theta.device)
+    return like(x, theta), whole(y, theta)
+
+
+def whole(y: Tensor, theta: Tensor) -> Tensor:
+    """Labels as torch's losses and indices want them, on the device of θ."""
+    if y.is_floating_point():
+        raise ValueError("the labels are floating-point numbers: give one integer per example.")
+    return y.to(theta.device, torch.int64)
 
 
 def like(x: Tensor, theta: Tensor) -> Tensor:
@@ -358,7 +362,9 @@ def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Ten
 
 
 def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
-    """The logits, if they are (N, C) and the labels, if given, each name one of the C classes."""
+    """The logits, if they are finite, (N, C), and the labels, if given, each name one of the C classes."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model returned a {type(logits).__name__}: it must return the logits, one tensor.")
     if logits.ndim != 2 or len(logits) != examples:
         raise ValueError(
             f"the model returns shape {tuple(logits.shape)} for {examples} examples: logits (N, C) needed."
@@ -368,6 +374,8 @@ def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
             f"labels of shape {tuple(y.shape)} from {y.min()} to {y.max()} for {logits.shape[1]} classes: "
             f"give one integer from 0 to {logits.shape[1] - 1} per example."
         )
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: check its weights and the scale of the inputs.")
     return logits
 
 

@@ -88,6 +88,7 @@ class EWC:
             raise ValueError(f"strength is the λ of (λ/2) F (θ − θ*)²: a finite number, at least 0; got {value!r}.")
         self._strength = value
 
+    @torch.inference_mode(False)  # a tensor made in that mode would be of no use for training
     def consolidate(
         self,
         model: nn.Module,
@@ -107,19 +108,20 @@ class EWC:
         .. math:: \theta^* \leftarrow \frac{\gamma F \theta^* + F_t \theta_t}{\gamma F + F_t}, \qquad
                   F \leftarrow \gamma F + F_t
 
-        and the constant grows by :math:`\tfrac12 \sum_i \frac{\gamma F_i F_{t,i}}{\gamma F_i + F_{t,i}}
+        and the constant, times :math:`\gamma`, grows by :math:`\tfrac12 \sum_i \frac{\gamma F_i F_{t,i}}{\gamma F_i + F_{t,i}}
         (\theta^*_i - \theta_{t,i})^2` so that the penalty's value is that of the sum, too.
 
         Args:
             model: the network at the task's optimum.
             data: the task's training data, as for `fisher.diagonal`.
-            fisher: the mean Fisher, if it has been computed already (for instance with a tolerance); ``data`` is
-                then not needed.
+            fisher: the mean Fisher, if it has been computed already (for instance with a tolerance), as a tensor for
+                each parameter; ``data`` is then not needed. It is kept in float32 or better.
             classes: the classes that the softmax runs over, for a head chosen by task; all of them if not given.
 
         Raises:
-            ValueError: what `fisher.diagonal` raises; a model or Fisher that does not match what is stored. The
-                memory is then as it was.
+            ValueError: what `fisher.diagonal` raises; a model or Fisher that does not match what is stored; nothing
+                to protect. The memory is then as it was.
+            TypeError: data or a Fisher of another kind.
 
         Implements: eq-online, eq-sum-of-quadratics
         """
@@ -131,7 +133,9 @@ class EWC:
         parameters = dict(model.named_parameters())
         if fisher is None:
             fisher = _fisher.diagonal(model, data, self.estimator, classes=classes)
-        _check_fisher(fisher, parameters)
+        fisher = _checked(fisher, parameters)
+        if not (fisher or self.fisher):
+            raise ValueError("The Fisher has no entry (is every parameter frozen?), so there is nothing to protect.")
 
         new_fisher, new_star, gained = {}, {}, 0.0
         for name, p in parameters.items():
@@ -218,7 +222,9 @@ class EWC:
                 optimisers with a step for each weight, such as Adam.
 
         Raises:
-            ValueError: parameters missing, of another shape or on another device; a negative or non-finite step.
+            ValueError: parameters missing, of another shape or on another device; a single step that is negative or
+                not finite; no step for a parameter. Steps by name are taken as they are: to look at their values
+                would make every step wait for the device.
 
         Implements: eq-proximal
         """
@@ -241,6 +247,8 @@ class EWC:
             shares = self._springs.shares(step * self.strength)
         used = [i for i, p in enumerate(parameters) if p.requires_grad]
         if used:
+            if parameters[0].dtype != star[0].dtype:  # the model was converted since, as by model.double()
+                star = [s.to(p.dtype) for s, p in zip(star, parameters)]
             torch._foreach_lerp_(
                 [parameters[i] for i in used],
                 [star[i] for i in used],
@@ -275,7 +283,7 @@ class EWC:
         if {n: t.shape for n, t in fisher.items()} != {n: t.shape for n, t in star.items()}:
             raise ValueError("The checkpoint's fisher and theta_star differ in names or shapes; it is damaged.")
         new.constant, new.tasks = float(state["constant"]), int(state["tasks"])
-        new.fisher = {name: t.detach().clone() for name, t in fisher.items()}
+        new.fisher = {name: fisher[name].detach().clone() for name in star}  # both in one order
         new.theta_star = {name: t.detach().clone() for name, t in star.items()}
         self.__dict__.update(new.__dict__)
 
@@ -365,7 +373,7 @@ class _Quadratic(torch.autograd.Function):
         third = len(tensors) // 3
         fisher, star, theta = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
         delta = torch._foreach_sub(theta, star)
-        halves = [torch.dot((f * d).flatten(), d.to(f.dtype).flatten()) for f, d in zip(fisher, delta)]
+        halves = [torch.dot((w := f * d).flatten(), d.to(w.dtype).flatten()) for f, d in zip(fisher, delta)]
         return 0.5 * torch.stack(halves).sum()
 
     @staticmethod
@@ -435,7 +443,10 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
     return model._parameters.get(last)
 
 
-def _check_fisher(fisher: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+def _checked(fisher: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The Fisher in float32 or better, if it is one of these parameters."""
+    if not (isinstance(fisher, Mapping) and all(isinstance(f, Tensor) for f in fisher.values())):
+        raise TypeError("The Fisher must be a mapping from the parameters' names to tensors, as fisher.diagonal gives it.")
     for name, f in fisher.items():
         if name not in parameters:
             raise ValueError(f"The Fisher has an entry {name!r}, but the model has no such parameter.")
@@ -445,3 +456,4 @@ def _check_fisher(fisher: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
             )
         if not torch.isfinite(f).all() or (f < 0).any():
             raise ValueError(f"The Fisher of {name!r} must be finite and not negative.")
+    return {name: f.to(dtype=torch.promote_types(f.dtype, torch.float32)) for name, f in fisher.items()}

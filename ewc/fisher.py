@@ -64,7 +64,7 @@ def diagonal(
         tolerance: for ``"exact"`` only: the share of the total trace of :math:`\mathrm{diag}\,p - pp^\top` that may
             be left out, smallest vectors first. The result is then too small by about this relative amount.
         batch_size: examples in one pass; chosen by memory if not given. The result does not depend on it.
-        generator: source of the random labels and signs (on the CPU); torch's default if not given.
+        generator: source of the random labels and signs, on any device; torch's default on the CPU if not given.
         classes: the classes that the softmax runs over, for a head chosen by task; all of them if not given.
 
     Returns:
@@ -74,6 +74,7 @@ def diagonal(
     Raises:
         ValueError: unknown estimator, empty data, labels out of range, logits of the wrong shape or not finite,
             nothing to differentiate, a model that mixes the examples of a batch or is random in eval mode.
+        TypeError: data of another kind, or that does not hold pairs of tensors.
         RuntimeError: a layer whose gradients per example cannot be had; the message names the parameter.
 
     Implements: eq-fisher-exact, eq-fisher-sampled, eq-fisher-probe, eq-fisher-empirical, eq-fisher-argmax
@@ -173,6 +174,7 @@ class _Softmax:
         y = self.labels if self.counted is None else self.labels.masked_fill(~self.counted, 0)
         if y.is_floating_point():
             raise ValueError('estimator "empirical" needs integer labels; the data hold floating-point targets.')
+        y = y.long()  # an index of bytes would be taken for a mask
         if self.classes is not None:
             place = torch.full((self.z.shape[1],), -1, device=y.device)
             place[self.classes] = torch.arange(len(self.classes), device=y.device)
@@ -315,19 +317,20 @@ def _check_logits(z: Tensor, labels: Tensor) -> None:
         )
 
 
-def class_index(classes: Sequence[int] | Tensor | None, z: Tensor) -> Tensor | None:
+def class_index(classes: Sequence[int] | Tensor | None, z: Tensor, least: int = 2) -> Tensor | None:
     """The classes that the softmax over logits ``z`` runs over, checked; None for all of them."""
     if classes is None:
         return None
     index = torch.as_tensor(classes, device=z.device)
     if index.dtype == torch.bool and index.shape == z.shape[1:2]:
         index = index.nonzero().flatten()
-    ok = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index) > 1
+    ok = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index) >= least
     if not ok or index.unique().numel() < len(index) or index.min() < 0 or index.max() >= z.shape[1]:
         raise ValueError(
-            f"classes must list at least two different indices between 0 and {z.shape[1] - 1}; got {classes!r}."
+            f"classes must list at least {least} indices between 0 and {z.shape[1] - 1}, none of them twice; "
+            f"got {classes!r}."
         )
-    return index
+    return index.long()
 
 
 def _blocks(data) -> Iterator[tuple[Tensor, Tensor]]:

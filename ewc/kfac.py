@@ -71,7 +71,7 @@ def factors(
         estimator: whose labels, as in :func:`ewc.curvature.full_fisher`: ``"exact"`` (all classes, weighed by
             the model's probabilities), ``"sampled"``, ``"probe"``, ``"empirical"`` or ``"argmax"``.
         setting: ``"expand"`` or ``"reduce"``.
-        batch_size: examples in one pass.
+        batch_size: examples in one pass, at least 1.
         generator: the source of randomness of ``"sampled"`` and ``"probe"``.
         classes: the classes that the softmax runs over, for a head chosen by task; all of them if not given.
 
@@ -81,7 +81,8 @@ def factors(
 
     Raises:
         ValueError: a layer without a Kronecker form (named), an unknown setting or estimator, empty data,
-            labels out of range.
+            labels out of range, logits that are not finite.
+        TypeError: data of another kind.
 
     Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature"
     (2015); Grosse and Martens (2016) for convolutions; Eschenhagen et al., "Kronecker-factored approximate
@@ -91,6 +92,8 @@ def factors(
     """
     if setting not in SETTINGS:
         raise ValueError(f"unknown setting {setting!r}: use 'expand' or 'reduce'.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
     model = unwrap(model)
     layers = _kronecker_layers(model)
     weight = next(iter(layers.values())).weight
@@ -103,9 +106,9 @@ def factors(
     }
     # Examples, then each layer's rows; counted on the host, so that no batch has to wait for the device.
     counts = torch.zeros(1 + len(layers), dtype=kind)
-    with curvature.evaluating(model), torch.enable_grad():
+    with torch.inference_mode(False), curvature.evaluating(model), torch.enable_grad():
         for x, y in curvature.batches(data, batch_size):
-            x, y = curvature.like(x, weight), y.to(weight.device)
+            x, y = curvature.like(x, weight), curvature.whole(y, weight)
             with _recorded(layers) as records:
                 logits = curvature.check(model(x), len(x), y)
             outputs = [_one_output(name, layers[name], records[name]) for name in layers]
@@ -178,6 +181,17 @@ class KFAC:
         keep: str = "each",
         generator: torch.Generator | None = None,
     ):
+        """
+        Args:
+            strength: λ.
+            estimator: as for :func:`factors`.
+            setting: as for :func:`factors`.
+            keep: ``"each"`` or ``"pooled"``, see above.
+            generator: as for :func:`factors`; it is no part of the :meth:`state_dict`.
+
+        Raises:
+            ValueError: a strength that is negative or not finite, or an unknown estimator, setting or way to keep.
+        """
         if estimator not in curvature.ESTIMATORS:
             raise ValueError(
                 f"unknown estimator {estimator!r}: use one of {', '.join(curvature.ESTIMATORS)}."
@@ -205,6 +219,7 @@ class KFAC:
             )
         self._strength = float(value)
 
+    @torch.inference_mode(False)  # a tensor made in that mode would be of no use for training
     def consolidate(
         self,
         model: nn.Module,
@@ -247,10 +262,13 @@ class KFAC:
     def penalty(self, model: nn.Module) -> Tensor:
         r"""The value :math:`\frac\lambda2 \sum \operatorname{tr}(G \Delta A \Delta^\top)`, which has a gradient.
 
+        Raises:
+            ValueError: a model that is not the stored one, or on another device.
+
         Implements: eq-kfac-penalty
         """
         model = unwrap(model)
-        total = next(model.parameters()).new_zeros(())
+        total = next(model.parameters(), torch.zeros(())).new_zeros(())
         for name, layer in self._layers(model).items():
             delta = _matrix(layer) - self._anchor(name)
             total = total + (delta * self._curved(name, delta)).sum()
@@ -258,11 +276,17 @@ class KFAC:
 
     @torch.no_grad()
     def add_gradient(self, model: nn.Module) -> None:
-        r"""Adds the penalty's gradient, :math:`\lambda \sum_t G_t \Delta A_t`, to every ``.grad``."""
+        r"""Adds the penalty's gradient, :math:`\lambda \sum_t G_t \Delta A_t`, to every ``.grad``.
+
+        Raises:
+            ValueError: a model that is not the stored one, or on another device.
+        """
         for name, layer in self._layers(unwrap(model)).items():
             gradient = self.strength * self._curved(name, _matrix(layer) - self._anchor(name))
             for parameter, part in _parts(layer, gradient):
-                parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(part)
 
     @torch.no_grad()
     def pull(self, model: nn.Module, step: float | Mapping[str, Tensor]) -> None:
@@ -293,6 +317,7 @@ class KFAC:
                 continue
             anchor = self._anchor(name)
             start = _matrix(layer) - anchor
+            start = start.to(torch.promote_types(start.dtype, torch.float32))  # a solver's sums overflow in half
             if len(self.tasks) == 1 and number:
                 delta = self._shrink(name, start, size)
             else:

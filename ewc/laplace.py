@@ -67,7 +67,13 @@ class Laplace:
         )
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        """The Gaussian's own log density at each of the given points: shape (...) for θ of shape (..., d)."""
+        """The Gaussian's own log density at each of the given points: shape (...) for θ of shape (..., d).
+
+        Raises:
+            ValueError: points of another number of dimensions d.
+        """
+        if theta.shape[theta.ndim - self.mode.ndim :] != self.mode.shape:
+            raise ValueError(f"the points have shape {tuple(theta.shape)}: (..., {self.mode.numel()}) is needed.")
         lower = self._cholesky()
         scaled = (theta - self.mode).reshape(-1, len(lower)) @ lower
         log_prob = (
@@ -76,9 +82,13 @@ class Laplace:
         return log_prob.reshape(theta.shape[: theta.ndim - self.mode.ndim])
 
     def sample(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws from the Gaussian: shape (count, d), or (count,) for a density of one number."""
+        """Draws from the Gaussian: shape (count, d), or (count,) for a density of one number.
+
+        The numbers are drawn on the generator's device, or the mode's if there is no generator.
+        """
         lower = self._cholesky()
-        noise = torch.randn(len(lower), count, dtype=lower.dtype, device=lower.device, generator=generator)
+        place = generator.device if generator is not None else lower.device
+        noise = torch.randn(len(lower), count, dtype=lower.dtype, device=place, generator=generator).to(lower.device)
         deviation = torch.linalg.solve_triangular(lower.T, noise, upper=True).T  # covariance (L Lᵀ)⁻¹
         return self.mode + deviation.reshape(count, *self.mode.shape)
 
@@ -192,7 +202,7 @@ def network(
         prior_precision: τ, one over the prior variance of each weight.
 
     Raises:
-        ValueError: τ is not positive and finite, or the precision would be larger than 2 GiB.
+        ValueError: τ is not positive and finite, or what :func:`ewc.curvature.gauss_newton` raises.
 
     Source: Daxberger et al., "Laplace Redux" (NeurIPS 2021).
 
@@ -241,7 +251,7 @@ def predict(
         (N, C), rows that sum to 1.
 
     Raises:
-        ValueError: an unknown method, or the model's weights are not the posterior's mode.
+        ValueError: an unknown method, no samples, or the model's weights are not the posterior's mode.
 
     Source: MacKay, "The evidence framework applied to classification networks" (1992); Lu, Ie and Sha,
     "Mean-field approximation to Gaussian-softmax integral with application to uncertainty estimation" (2020);
@@ -265,6 +275,8 @@ def predict(
         gaps = (logits.unsqueeze(1) - logits.unsqueeze(2)) / (1 + math.pi / 8 * between).sqrt()
         return (-gaps.logsumexp(2)).softmax(-1)
     if method == "sampled":
+        if samples < 1:
+            raise ValueError(f"the mean needs at least one sample; got samples={samples!r}.")
         deviation = posterior.sample(samples, generator=generator) - posterior.mode
         return (logits + torch.einsum("ncp,sp->snc", J, deviation)).softmax(-1).mean(0)
     raise ValueError(f"unknown method {method!r}: use 'probit' or 'sampled'.")

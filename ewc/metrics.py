@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ewc.fisher import class_index
 from ewc.tasks import Task
 
 
@@ -35,21 +36,24 @@ def accuracy(
         batch_size: images in one pass; the result does not depend on it.
 
     Raises:
-        ValueError: there are no images, or no classes to choose from.
+        ValueError: there are no images, no classes to choose from, or some that the network does not have.
+        TypeError: the data is neither a task nor a `TensorDataset`.
     """
+    if not isinstance(data, (Task, TensorDataset)):
+        raise TypeError(f"accuracy() needs a Task or a TensorDataset of images and labels; got {type(data).__name__}.")
     x, y = (data.test if isinstance(data, Task) else data).tensors
     if len(x) == 0:
         raise ValueError("The accuracy on no images is undefined; give at least one image.")
     if classes is not None and len(classes) == 0:
         raise ValueError("accuracy() needs at least one class to choose from; classes=None allows all.")
-    allowed = None if classes is None else torch.tensor(list(classes), device=x.device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     hits = 0
     try:
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(images)
-            if allowed is not None:
+            if classes is not None:
+                allowed = class_index(classes, logits, least=1)
                 choice = allowed[logits[:, allowed].argmax(-1)]
             else:
                 choice = (data.masked(logits, labels) if isinstance(data, Task) else logits).argmax(-1)
@@ -120,6 +124,7 @@ def forgetting(matrix: Tensor) -> float:
 
 
 def _square(matrix: Tensor, tasks: int = 1) -> Tensor:
+    matrix = torch.as_tensor(matrix, dtype=torch.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < tasks:
         raise ValueError(
             f"This needs the accuracy matrix of at least {tasks} task(s), shape (T, T), "

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
 from ewc.elastic import EWC
-from ewc.fisher import unwrap
+from ewc.fisher import class_index, unwrap
 
 __all__ = ["L2", "MemoryAwareSynapses", "SynapticIntelligence"]
 
@@ -59,8 +59,16 @@ class L2(_Relative):
     """
 
     def consolidate(self, model: nn.Module, data=None, *, classes=None) -> None:
-        """Moves the anchor to the model's present trainable weights; data and classes are not looked at."""
-        ones = {name: torch.ones_like(p) for name, p in unwrap(model).named_parameters() if p.requires_grad}
+        """Moves the anchor to the model's present trainable weights; data and classes are not looked at.
+
+        Raises:
+            ValueError: weights that are not finite, nothing to train, or a model that is not the stored one.
+        """
+        trainable = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+        for name, p in trainable.items():
+            if not p.isfinite().all():
+                raise ValueError(f"parameter {name!r} is not finite: an anchor has to be; go back to sound weights.")
+        ones = {name: torch.ones_like(p) for name, p in trainable.items()}
         self.fisher = {name: torch.zeros_like(f) for name, f in self.fisher.items()}
         super().consolidate(model, fisher=ones)
 
@@ -75,8 +83,8 @@ class SynapticIntelligence(_Relative):
     :math:`\omega_i \leftarrow \omega_i + \max(0,\ 2 w_i / ((\theta_i - \theta_{0,i})^2 + \xi))`
 
     Zenke et al. write the penalty as :math:`c \sum_i \omega_i (\theta_i - \theta^*_i)^2` without the factors
-    2 and ½; with both of them strength is their c. A quadratic loss of curvature h, walked down to its
-    minimum by gradient flow, gives ω → h for ξ → 0, so λ means what it means for EWC.
+    2 and ½; with both of them strength is their c. A quadratic loss of curvature κ, walked down to its
+    minimum by gradient flow, gives ω → κ for ξ → 0, so λ means what it means for EWC.
 
     **Contract with the training loop**: call :meth:`record` once for every step, after ``backward()`` of the
     task's loss alone and before anything else (the penalty's gradient, the optimiser's step, the pull)::
@@ -86,8 +94,9 @@ class SynapticIntelligence(_Relative):
         optimizer.step()
         memory.pull(model, lr)
 
-    The whole move from one record to the next counts, the pull's included: the sum of all w is then the fall
-    of the loss along the path really walked. `consolidate` closes the last step and forgets the path.
+    The whole move from one record to the next counts, the pull's included: for small steps the sum of all w is
+    then the fall of the loss along the path really walked. `consolidate` closes the last step and forgets the
+    path.
 
     Attributes:
         damping: ξ, which bounds ω for weights that hardly moved.
@@ -121,8 +130,9 @@ class SynapticIntelligence(_Relative):
             if name not in self._path["begin"]:
                 for key in ("begin", "last"):
                     self._path[key][name] = p.detach().clone()
-                for key in ("gradient", "work"):
-                    self._path[key][name] = torch.zeros_like(p)
+                self._path["gradient"][name] = torch.zeros_like(p)
+                # A sum of thousands of small terms, which half precision would leave where it is.
+                self._path["work"][name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             self._close(name, p)
             self._path["gradient"][name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
 
@@ -210,11 +220,14 @@ class MemoryAwareSynapses(_Relative):
 
         Args:
             model: a network that maps (N, ...) to outputs (N, ...), one example independent of the others.
-            data: a dataset, a loader or a pair of tensors; the labels are not looked at.
+            data: a dataset, a loader or a pair of tensors, the second of which (the labels) is not looked at; in
+                an initialised process group each rank passes its own shard, and all get the mean over all of them.
             classes: the outputs that count, for a head chosen by task; all of them if not given.
 
         Raises:
-            ValueError: empty data, nothing to train, or a model that is not the stored one.
+            ValueError: empty data, nothing to train, classes that do not exist, outputs that are not finite, or a
+                model that is not the stored one.
+            TypeError: data of another kind.
         """
         super().consolidate(model, fisher=_sensitivity(unwrap(model), data, classes))
 
@@ -230,9 +243,15 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     def size(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         tensors = {place: parameters.get(name, held) for place, (name, held) in places.items()}
         outputs = functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False)
-        return (outputs if classes is None else outputs[:, list(classes)]).square().sum()
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"the model returned a {type(outputs).__name__}: it must return one tensor.")
+        chosen = class_index(classes, outputs, least=1)
+        return (outputs if chosen is None else outputs[:, chosen]).square().sum()
 
-    total, count = {name: torch.zeros_like(p) for name, p in trainable.items()}, 0
+    total = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in trainable.items()
+    }
+    count = torch.zeros((), dtype=torch.int64, device=first.device)
     chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once
     with curvature.evaluating(model):
         for x, _ in curvature.batches(data, chunk):
@@ -240,6 +259,9 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
                 for name, g in vmap(grad(size), in_dims=(None, 0))(trainable, part).items():
                     total[name] += g.abs().sum(0)
             count += len(x)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for value in (count, *total.values()):
+            torch.distributed.all_reduce(value)
     if not count:
         raise ValueError("the data holds no example: the importances are means over at least one.")
     return {name: value / count for name, value in total.items()}

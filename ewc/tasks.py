@@ -116,7 +116,7 @@ class Task:
         """The group of classes among which the answer to this task's images is chosen; None if among all.
 
         Raises:
-            ValueError: the images belong to several heads.
+            ValueError: the images belong to several heads, or to none.
         """
         if self.heads is None:
             return None
@@ -124,6 +124,8 @@ class Task:
         used = [head for head in self.heads if torch.isin(y, torch.tensor(head, device=y.device)).any()]
         if len(used) > 1:
             raise ValueError(f"{self.name} uses the heads {used}; take one task at a time.")
+        if not used:
+            raise ValueError(f"{self.name} has no training image in any of its heads {self.heads}; take more images.")
         return used[0]
 
     def masked(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ class Task:
 
     @property
     def title(self) -> str:
-        """The name as it is written in a figure or a sentence: ``Fashion-MNIST`` for ``fashion``."""
+        """The name as it is written in a figure or a sentence, ``Fashion-MNIST`` for ``fashion``."""
         first, *rest = self.name.split(" ", 1)
         return " ".join([TITLES.get(first, first), *rest])
 
@@ -160,7 +162,11 @@ class Task:
         return self.train.tensors[0].device
 
     def take(self, n_train: int, n_test: int) -> "Task":
-        """At most the first ``n_train`` training and ``n_test`` test images; their order is random."""
+        """At most the first ``n_train`` training and ``n_test`` test images; their order is random.
+
+        Raises:
+            ValueError: a number below 1.
+        """
         if n_train < 1 or n_test < 1:
             raise ValueError(f"take() needs at least one image of each kind, not {n_train} and {n_test}.")
         return replace(
@@ -175,6 +181,9 @@ class Task:
         Args:
             fraction: the part of the training images that becomes the new task's test set, between 0 and 1.
             seed: of the random split.
+
+        Raises:
+            ValueError: one of the two parts would be empty.
         """
         count = len(self.train)
         held_out = round(fraction * count)

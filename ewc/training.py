@@ -261,7 +261,7 @@ def run(
         **options: passed to `fit` or `sweep`.
 
     Returns:
-        The accuracy matrix, float64: entry ``[i, j]`` is the accuracy on task j after learning task i,
+        The accuracy matrix, float64. Entry ``[i, j]`` is the accuracy on task j after learning task i,
         shape ``(T, T)``, or ``(R, T, T)`` for R models.
 
     Raises:

@@ -66,8 +66,9 @@ def close(label: str, actual: Any, expected: Any, *, rtol: float, atol: float = 
     Raises:
         VerificationError: with the worst element and its residual.
         TypeError: for anything in lower precision than float64.
-        ValueError: for different shapes or keys.
+        ValueError: for different shapes or keys, nothing to compare, or a tolerance that is negative or not finite.
     """
+    _limited(label, rtol=rtol, atol=atol)
     actual, expected = _float64(label, actual, "actual"), _float64(label, expected, "expected")
     _same_shape(label, actual, expected, "actual", "expected")
     worst = 0.0
@@ -105,8 +106,10 @@ def sampled(label: str, estimate: Any, expected: Any, *, standard_error: Any, si
 
     Raises:
         VerificationError: with the worst element, in standard errors.
-        ValueError: for different shapes or keys, or a standard error that is 0 everywhere or not finite.
+        ValueError: for different shapes or keys, nothing to compare, a standard error that is negative or 0
+            everywhere, or a number of sigmas that is negative or not finite.
     """
+    _limited(label, sigmas=sigmas)
     estimate = _float64(label, estimate, "estimate", any_precision=True)
     expected = _float64(label, expected, "expected", any_precision=True)
     error = _float64(label, standard_error, "standard_error", any_precision=True)
@@ -200,6 +203,8 @@ def _residual(label: str, left: Any, right: Any) -> Any:
         raise ValueError(
             f"{label}: the matrices have shapes {left.shape} and {right.shape}; make them equal."
         )
+    if 0 in left.shape:
+        raise ValueError(f"{label}: the matrices have no entry, so there is nothing to compare.")
     residual = (left - right).applyfunc(lambda entry: _nonzero(entry) or sp.Integer(0))
     return None if residual.is_zero_matrix else residual
 
@@ -257,6 +262,8 @@ def _float64(label: str, value: Any, what: str, any_precision: bool = False) -> 
     for key, item in items.items():
         if hasattr(item, "detach"):  # a torch tensor, without importing torch
             item = item.detach().cpu().resolve_conj().resolve_neg()
+            if item.dtype.itemsize < 4 and item.dtype.is_floating_point:  # NumPy has no bfloat16; refused below
+                item = item.float()
             item = item.double().numpy() if any_precision else item.numpy()
         array = np.asarray(item)
         if array.dtype.kind in "iu" or (any_precision and array.dtype.kind == "f"):
@@ -267,7 +274,15 @@ def _float64(label: str, value: Any, what: str, any_precision: bool = False) -> 
                 f"(compute the whole check in double precision, not only its result)."
             )
         items[key] = array
+    if not any(array.size for array in items.values()):
+        raise ValueError(f"{label}: {what} holds no number, so there is nothing to compare.")
     return items
+
+
+def _limited(label: str, **limits: float) -> None:
+    for name, limit in limits.items():
+        if not 0 <= limit < math.inf:
+            raise ValueError(f"{label}: {name} is {limit!r}; it must be a finite number, at least 0.")
 
 
 def _same_shape(label: str, one: dict, other: dict, one_name: str, other_name: str) -> None:
