@@ -244,15 +244,24 @@ class first_page(nodes.Inline, nodes.Element):
     """Where `{notation}` links to the first page that has a symbol, once all pages are read."""
 
 
+def alphabetical(symbol):
+    """Where a reader looks for a letter: Latin ones first, then Greek ones, then signs; small ones before capitals."""
+    letter = symbol.parts[0].replace(r"\ell", "l")
+    greek = next((name for name in re.findall(r"\\([A-Za-z]+)", letter) if "\\" + name in LETTERS), "")
+    latin = re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", letter))
+    if greek:
+        return 1, GREEK.split().index(greek.lower()), greek[0].isupper()
+    return (0, latin[0].lower(), latin[0].isupper()) if latin else (2,)
+
+
 class Notation(SphinxDirective):
-    """A table of all symbols."""
+    """A table of all symbols, in alphabetical order."""
 
     def run(self):
         self.env.metadata[self.env.docname]["notation"] = True
         self.env.note_dependency(str(Path(self.env.srcdir, FILE)))
-        rows = [
-            [*describe(symbol), [first_page(symbol=symbol.id)]] for symbol in self.env.app.symbols.values()
-        ]
+        ordered = sorted(self.env.app.symbols.values(), key=alphabetical)
+        rows = [[*describe(symbol), [first_page(symbol=symbol.id)]] for symbol in ordered]
         return [parts.table([*HEAD, "First on"], rows, "symbols")]
 
 
