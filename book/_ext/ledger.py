@@ -355,9 +355,8 @@ class Write(SphinxPostTransform):
 
     def code(self, code):
         """The code that implements an equation, folded, with links to the API page and the repository."""
-        links = nodes.paragraph(
-            "", "", *self.object_link(code), nodes.Text(" in "), self.repository_link(code)
-        )
+        file = self.repository_link(code.file, code.first, code.last)
+        links = nodes.paragraph("", "", *self.object_link(code), nodes.Text(" in "), file)
         listing = nodes.literal_block(code.source, code.source, language="python", linenos=True)
         listing["highlight_args"] = {"linenostart": code.first}
         summary = [nodes.Text("code: "), nodes.literal("", code.name)]
@@ -373,13 +372,13 @@ class Write(SphinxPostTransform):
             )
         ]
 
-    def repository_link(self, code):
+    def repository_link(self, file, first=None, last=None):
+        """The file in the repository, at these lines if they are given."""
         options = self.config.html_theme_options
-        uri = (
-            f"{options.get('repository_url', '')}/blob/{options.get('repository_branch', 'main')}/{code.file}"
-        )
-        text = f"{code.file}, lines {code.first}–{code.last}"
-        return nodes.reference("", text, refuri=f"{uri}#L{code.first}-L{code.last}")
+        uri = f"{options.get('repository_url', '')}/blob/{options.get('repository_branch', 'main')}/{file}"
+        if first is None:
+            return nodes.reference("", "", nodes.literal("", file), refuri=uri)
+        return nodes.reference("", f"{file}, lines {first}–{last}", refuri=f"{uri}#L{first}-L{last}")
 
     def table(self):
         """The whole ledger, and how many of each kind."""
@@ -402,7 +401,7 @@ class Write(SphinxPostTransform):
                     [self.link(row["label"]), nodes.Text(" "), nodes.literal("", row["label"])],
                     [parts.page_link(self.env, row["page"])],
                     [self.mark(row)],
-                    [*code, *(nodes.literal("", test) for test in tests)],
+                    [*code, *(n for test in tests for n in (self.repository_link(test), nodes.Text(" ")))],
                 ]
             )
         return [*out, parts.table(["Equation", "Page", "How it is known", "Code and test"], body, "ledger")]

@@ -54,8 +54,9 @@ def pages(env):
 
 
 def page_link(env, page):
-    """A link to a page by its title, to be resolved by Sphinx."""
-    title = nodes.inline("", env.titles[page].astext())
+    """A link to a page by its number, if it has one, and its title; to be resolved by Sphinx."""
+    number = ".".join(map(str, env.toc_secnumbers.get(page, {}).get("") or ()))
+    title = nodes.inline("", f"{number} {env.titles[page].astext()}".strip())
     return addnodes.pending_xref(
         "", title, refdomain="std", reftype="doc", reftarget=f"/{page}", refdoc=env.docname, refexplicit=True
     )
