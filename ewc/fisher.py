@@ -318,7 +318,7 @@ def _check_logits(z: Tensor, labels: Tensor) -> None:
 
 
 def class_index(classes: Sequence[int] | Tensor | None, z: Tensor, least: int = 2) -> Tensor | None:
-    """The classes that the softmax over logits ``z`` runs over, checked; None for all of them."""
+    """The classes that the softmax over logits ``z`` runs over, checked, ``least`` or more; None for all of them."""
     if classes is None:
         return None
     index = torch.as_tensor(classes, device=z.device)
@@ -327,8 +327,8 @@ def class_index(classes: Sequence[int] | Tensor | None, z: Tensor, least: int = 
     ok = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index) >= least
     if not ok or index.unique().numel() < len(index) or index.min() < 0 or index.max() >= z.shape[1]:
         raise ValueError(
-            f"classes must list at least {least} indices between 0 and {z.shape[1] - 1}, none of them twice; "
-            f"got {classes!r}."
+            f"classes must list at least {'two different indices' if least > 1 else 'one index, none twice,'} "
+            f"between 0 and {z.shape[1] - 1}; got {classes!r}."
         )
     return index.long()
 

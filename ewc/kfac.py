@@ -285,8 +285,9 @@ class KFAC:
             gradient = self.strength * self._curved(name, _matrix(layer) - self._anchor(name))
             for parameter, part in _parts(layer, gradient):
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(part)
+                    parameter.grad = part.to(parameter.dtype, copy=True)
+                else:
+                    parameter.grad.add_(part)
 
     @torch.no_grad()
     def pull(self, model: nn.Module, step: float | Mapping[str, Tensor]) -> None:

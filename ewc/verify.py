@@ -262,8 +262,6 @@ def _float64(label: str, value: Any, what: str, any_precision: bool = False) -> 
     for key, item in items.items():
         if hasattr(item, "detach"):  # a torch tensor, without importing torch
             item = item.detach().cpu().resolve_conj().resolve_neg()
-            if item.dtype.itemsize < 4 and item.dtype.is_floating_point:  # NumPy has no bfloat16; refused below
-                item = item.float()
             item = item.double().numpy() if any_precision else item.numpy()
         array = np.asarray(item)
         if array.dtype.kind in "iu" or (any_precision and array.dtype.kind == "f"):

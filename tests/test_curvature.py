@@ -284,7 +284,7 @@ def test_bad_input_is_named(data):
         curvature.hessian(network(), (x[:0], y[:0]))
     with pytest.raises(ValueError, match="at least one is needed"):
         curvature.hessian(network(), TensorDataset(x[:0], y[:0]))
-    with pytest.raises(ValueError, match="7 inputs and 6 labels"):
+    with pytest.raises(ValueError, match=r"Inputs \(7, 3\) and labels \(6,\) must share their first axis"):
         curvature.hessian(network(), (x, y[:6]))
     for label in (-1, 3):
         with pytest.raises(ValueError, match="integer from 0 to 2"):
@@ -293,3 +293,29 @@ def test_bad_input_is_named(data):
         curvature.hessian(nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))).double(), data)
     with pytest.raises(ValueError, match="no trainable parameter"):
         curvature.hessian(network().requires_grad_(False), data)
+
+
+@pytest.mark.parametrize("function", [curvature.hessian, curvature.gauss_newton, curvature.residual])
+def test_data_of_another_kind_are_named(function, data):
+    x, y = data
+    for wrong in (None, [(x, y)], zip([x], [y]), (x.numpy(), y.numpy()), (x,), TensorDataset(x)):
+        with pytest.raises(TypeError, match="data must"):
+            function(network(), wrong)
+    with pytest.raises(ValueError, match="floating-point"):
+        function(network(), (x, y.double()))
+    close(function(network(), (x, y.to(torch.uint8))), function(network(), data))
+
+
+def test_models_without_sound_logits_are_named(data):
+    class Two(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match="returned a tuple"):
+        curvature.hessian(Two(3, 3).double(), data)
+    model = network()
+    model[0].bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        curvature.gauss_newton(model, data)
+    with pytest.raises(ValueError, match="not finite"):
+        curvature.jacobian(model, data[0])

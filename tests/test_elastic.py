@@ -788,3 +788,62 @@ def test_weights_tied_since_the_last_task_are_refused():
     for call in call_all(memory, model)[:3]:
         with pytest.raises(ValueError, match="'2.weight'.*the model does not have"):
             call()
+
+
+def test_a_fisher_given_in_another_type_is_kept_in_float32_or_better():
+    theta = move(network(dtype=torch.float32))
+    ones = {n: torch.ones_like(p) for n, p in theta.named_parameters()}
+    values = []
+    for dtype in (torch.float32, torch.float16, torch.int64, torch.bool, torch.float64):
+        memory, model = EWC(2.0), network(dtype=torch.float32)
+        memory.consolidate(model, fisher={n: f.to(dtype) for n, f in ones.items()})
+        memory.pull(move(model), 0.5)
+        values.append(memory.penalty(model).item())
+        assert memory.fisher["0.weight"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert values == pytest.approx([values[0]] * 5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, ValueError, "nothing to protect"),
+        ([torch.ones(6, 4)], TypeError, "mapping from the parameters' names to tensors"),
+        ({"0.weight": 1.0}, TypeError, "mapping from the parameters' names to tensors"),
+    ],
+)
+def test_what_is_no_fisher_is_refused(given, error, message):
+    memory = EWC(1.0)
+    with pytest.raises(error, match=message):
+        memory.consolidate(network(), fisher=given)
+    assert not memory.tasks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_converted_after_the_task(dtype):
+    memory, model = consolidated(model=network(dtype=torch.float32)), move(network(dtype=torch.float32))
+    expected = copy.deepcopy(model)
+    value = memory.penalty(expected)
+    memory.pull(expected, 0.1)
+    model.to(dtype)
+    tolerance = {"rtol": 0.05, "atol": 0.01} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-7}
+    assert torch.allclose(memory.penalty(model).float(), value, **tolerance)
+    memory.pull(model, 0.1)
+    for p, q in zip(model.parameters(), expected.parameters()):
+        assert p.dtype == dtype and torch.allclose(p.float(), q, **tolerance)
+
+
+def test_a_memory_made_in_inference_mode_serves_training():
+    model, memory, examples = network(), EWC(1.0), data()
+    with torch.inference_mode():
+        memory.consolidate(model, examples)
+    memory.penalty(move(model)).backward()
+    assert all(p.grad.any() for p in model.parameters())
+
+
+def test_a_state_in_another_order_is_read_by_name():
+    memory, model = consolidated(), move(network())
+    state = memory.state_dict()
+    state["fisher"] = dict(reversed(state["fisher"].items()))
+    twin = EWC(0.0)
+    twin.load_state_dict(state)
+    assert torch.equal(twin.penalty(model), memory.penalty(model))

@@ -1146,3 +1146,12 @@ def test_parameters_of_different_precision():
     for name, p in model.named_parameters():
         assert diagonal[name].dtype == p.dtype
         torch.testing.assert_close(diagonal[name].double(), truth[name], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("classes", [None, [0, 2], torch.tensor([0, 2], dtype=torch.uint8)])
+def test_labels_and_classes_may_be_bytes(classes):
+    """An index of bytes would be a mask to torch."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(8, 4).double(), torch.tensor([0, 2] * 4)
+    expected = fisher.diagonal(model, (x, y), "empirical", classes=None if classes is None else [0, 2])
+    assert distance(fisher.diagonal(model, (x, y.to(torch.uint8)), "empirical", classes=classes), expected) == 0

@@ -813,3 +813,56 @@ def test_pull_is_exact_when_the_factors_span_many_orders_of_magnitude(strength):
     found = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
     assert found.dtype == torch.float32
     close(found.double(), expected, rtol=2e-6)
+
+
+def test_half_precision_is_pulled_in_single():
+    """In float16 the sums of the conjugate gradients overflow."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4).half(), torch.randint(0, 3, (40,))
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).half()
+    memory = KFAC(1.0)
+    memory.consolidate(model, (x, y))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    before = memory.penalty(model).item()
+    memory.pull(model, {n: torch.full_like(p, 0.1) for n, p in model.named_parameters()})
+    assert all(p.isfinite().all() and p.dtype == torch.float16 for p in model.parameters())
+    assert 0 < memory.penalty(model).item() < before
+
+
+def test_gradient_of_a_model_converted_after_the_task():
+    memory, model = consolidated()
+    memory.to(torch.float32)
+    memory.add_gradient(model.bfloat16())
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.any() for p in model.parameters())
+
+
+def test_odd_data_and_models_are_named():
+    model, (x, y) = build("mlp")
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        kfac.factors(model, (x, y), batch_size=0)
+    with pytest.raises(TypeError, match="data must be a Dataset"):
+        kfac.factors(model, zip([x], [y]))
+    with pytest.raises(ValueError, match="logits are not finite"):
+        kfac.factors(model, (x * float("nan"), y))
+    memory, _ = consolidated()
+    for keep in (KFAC(1.0), memory):
+        bare = nn.Flatten()
+        if keep.tasks:
+            with pytest.raises(ValueError, match="the model has none"):
+                keep.penalty(bare)
+        else:
+            assert keep.penalty(bare) == 0
+
+
+def test_a_memory_made_in_inference_mode_serves_training():
+    model, data = build("mlp")
+    memory = KFAC(1.0)
+    with torch.inference_mode():
+        memory.consolidate(model, data)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    memory.penalty(model).backward()
+    assert all(p.grad.any() for p in model.parameters())

@@ -244,3 +244,39 @@ def test_network_errors(trained):
         model[0].bias += 1
     with pytest.raises(ValueError, match="not the posterior's mode"):
         laplace.predict(model, q, x)
+
+
+def test_a_generator_on_the_cpu_serves_a_mode_elsewhere(monkeypatch):
+    """The meta device stands for a second one wherever there is none; it would take a generator of any, CUDA not."""
+    randn = torch.randn
+
+    def strict(*size, generator, device, **options):
+        assert generator.device == torch.device(device)
+        return randn(*size, generator=generator, device=device, **options)
+
+    monkeypatch.setattr(torch, "randn", strict)
+    q = laplace.Laplace(torch.zeros(3), torch.eye(3), torch.zeros(()))
+    far = laplace.Laplace(*(t.to("meta") for t in (q.mode, q.precision, q.log_density)))
+    drawn = far.sample(5, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (5, 3) and drawn.device.type == "meta"
+    noise = randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(q.sample(5, generator=torch.Generator().manual_seed(0)), noise.T)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_same_draws_on_a_gpu():
+    q = laplace.Laplace(torch.zeros(3), torch.eye(3), torch.zeros(()))
+    far = laplace.Laplace(*(t.cuda() for t in (q.mode, q.precision, q.log_density)))
+    here, there = (p.sample(5, generator=torch.Generator().manual_seed(0)) for p in (q, far))
+    assert there.is_cuda and torch.allclose(here, there.cpu())
+
+
+def test_points_of_another_dimension_and_no_samples_are_refused(gaussian, trained):
+    mean, covariance = gaussian
+    q = laplace.Laplace(mean, torch.linalg.inv(covariance), torch.zeros((), dtype=F64))
+    for points in (torch.zeros(4, 1, dtype=F64), torch.zeros(2, dtype=F64), torch.zeros((), dtype=F64)):
+        with pytest.raises(ValueError, match=r"\(\.\.\., 3\) is needed"):
+            q.log_prob(points)
+    model, x, _, posterior = trained
+    with pytest.raises(ValueError, match="at least one sample"):
+        laplace.predict(model, posterior, x, "sampled", samples=0)

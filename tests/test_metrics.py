@@ -96,3 +96,20 @@ def test_one_task_and_wrong_shapes():
     for wrong in (torch.zeros(2, 3), torch.zeros(3), torch.zeros(2, 3, 3)):
         with pytest.raises(ValueError, match=r"shape \(T, T\)"):
             metrics.average_accuracy(wrong)
+
+
+def test_odd_data_and_classes_are_named():
+    data = TensorDataset(torch.eye(3), torch.arange(3))
+    for wrong in (data.tensors, [data]):
+        with pytest.raises(TypeError, match="a Task or a TensorDataset"):
+            metrics.accuracy(nn.Identity(), wrong)
+    for classes in ([0, 3], [-1, 0]):
+        with pytest.raises(ValueError, match="between 0 and 2"):
+            metrics.accuracy(nn.Identity(), data, classes=classes)
+    assert metrics.accuracy(nn.Identity(), data, classes=[1]) == 1 / 3
+
+
+def test_a_matrix_may_be_a_list():
+    rows = [[1, 0], [0, 1]]  # whole numbers, too
+    assert metrics.average_accuracy(rows) == 0.5
+    assert metrics.backward_transfer(rows) == -1 and metrics.forgetting(rows) == 1

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ewc.elastic import EWC
 from ewc.relatives import L2, MemoryAwareSynapses, SynapticIntelligence
@@ -326,3 +327,59 @@ def test_the_same_network_written_with_another_scale(kind, power):
     assert expected[1].abs().sum() > 0
     expected[1] /= c**power
     close(two.fisher["0.weight"], expected)
+
+
+def test_l2_refuses_what_cannot_be_an_anchor():
+    model, memory = network(), L2(1.0)
+    model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'0.weight' is not finite"):
+        memory.consolidate(model)
+    with pytest.raises(ValueError, match="nothing to protect"):
+        memory.consolidate(network().requires_grad_(False))
+    assert not memory.tasks
+
+
+def test_si_adds_up_small_steps_in_half_precision():
+    """To and fro, always downhill: 2000 moves of 2⁻⁸ credit 2⁻⁸ each, and a sum in bfloat16 would stop at 1."""
+    model, memory = Weights([0.0]).to(torch.bfloat16), SynapticIntelligence(1.0, damping=1.0)
+    for k in range(2000):
+        up = k % 2 == 0
+        model.theta.grad = torch.full_like(model.theta, -1.0 if up else 1.0)
+        memory.record(model)
+        model.theta.data.fill_(2.0**-8 if up else 0.0)
+    memory.consolidate(model)
+    assert memory.fisher["theta"].item() == 2 * 2000 * 2.0**-8
+
+
+def test_mas_adds_up_many_examples_in_half_precision():
+    """A mean over equal examples is that of one of them, however many sums it takes."""
+    model = nn.Linear(2, 1).bfloat16()
+    x = torch.full((2000, 2), 0.5, dtype=torch.bfloat16)
+    one, many = MemoryAwareSynapses(1.0), MemoryAwareSynapses(1.0)
+    one.consolidate(model, (x[:1], torch.zeros(1)))
+    many.consolidate(model, DataLoader(TensorDataset(x, torch.zeros(2000)), batch_size=1))
+    for name, importance in one.fisher.items():
+        assert many.fisher[name].dtype == torch.float32
+        close(many.fisher[name], importance, rtol=1e-5)
+
+
+def test_mas_is_reduced_over_processes(monkeypatch):
+    """With two processes that hold the same shard all sums double, and so must the count."""
+    model, data = network(), batch()
+    alone, together, reduced = MemoryAwareSynapses(1.0), MemoryAwareSynapses(1.0), []
+    alone.consolidate(model, data)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: reduced.append(total.mul_(2)))
+    together.consolidate(model, data)
+    assert len(reduced) == 5  # the count, and the sums of four parameters
+    for name, importance in alone.fisher.items():
+        close(together.fisher[name], importance)
+
+
+@pytest.mark.parametrize("classes", [[], [0, 0], [-1, 0], [0, 2], [0.0, 1.0]])
+def test_mas_refuses_classes_that_do_not_exist(classes):
+    memory = MemoryAwareSynapses(1.0)
+    with pytest.raises(ValueError, match="at least one index, none twice, between 0 and 1"):
+        memory.consolidate(network(), batch(), classes=classes)
+    memory.consolidate(network(), batch(), classes=[1])
+    assert memory.tasks == 1

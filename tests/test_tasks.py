@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -523,3 +524,10 @@ def test_joint_holds_the_images_of_all_parts(digits):
     for bad in ((), (digits, pairs), (digits, told)):
         with pytest.raises(ValueError, match="one shape, number of classes and heads"):
             tasks.joint(*bad)
+
+
+def test_a_task_without_images_has_no_head():
+    part = replace(tasks.load("digits", "cpu").take(1, 1), heads=((0, 1), (2, 3)))
+    part.train.tensors[1].fill_(9)
+    with pytest.raises(ValueError, match="no training image in any of its heads"):
+        part.head

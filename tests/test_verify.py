@@ -188,3 +188,21 @@ def test_in_a_notebook_the_check_is_recorded_in_the_output(monkeypatch):
     ]
     assert shown[0]["text/html"].startswith('<p class="check" data-label="eq-f" data-kind="numeric">✓ ')
     assert shown[1]["text/markdown"] == "$$\n2 x = 2 x\n$$ (eq-g)"
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), -1.0])
+def test_a_limit_that_lets_everything_pass_is_refused(limit):
+    with pytest.raises(ValueError, match="rtol is .*; it must be a finite number"):
+        verify.close("eq-a", 1.0, 2.0, rtol=limit)
+    with pytest.raises(ValueError, match="atol is .*; it must be a finite number"):
+        verify.close("eq-a", 1.0, 2.0, rtol=0.0, atol=limit)
+    with pytest.raises(ValueError, match="sigmas is .*; it must be a finite number"):
+        verify.sampled("eq-a", 1.0, 2.0, standard_error=0.1, sigmas=limit)
+
+
+@pytest.mark.parametrize("nothing", [np.zeros(0), {}, {"w": np.zeros((0, 3))}])
+def test_nothing_proves_nothing(nothing):
+    with pytest.raises(ValueError, match="nothing to compare"):
+        verify.close("eq-a", nothing, nothing, rtol=1e-9)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        verify.exact("eq-a", sp.zeros(0, 0), sp.zeros(0, 0))
