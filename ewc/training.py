@@ -166,7 +166,7 @@ def sweep(
     Raises:
         NonFiniteLoss: as for `fit`; names the run as well. All models are left with the last
             weights at which every loss was finite.
-        ValueError: lists of different lengths, or options unknown to `fit`.
+        ValueError: lists of different lengths, a memory of other networks, or options unknown to `fit`.
     """
     runs = len(models)
     memories = list(memories) if memories is not None else [None] * runs
@@ -182,6 +182,11 @@ def sweep(
     places = {place: name for place, (name, _) in curvature.places(base).items()}
     stacked, buffers = stack_module_state(list(models))
     own = dict(base.named_parameters())
+    for memory in memories:
+        for name, star in memory.theta_star.items() if memory is not None else ():
+            if name not in own or own[name].shape != star.shape:
+                raise ValueError(f"A memory holds a parameter {name!r} of shape {tuple(star.shape)} that the models do "
+                                 "not have; use the models that were consolidated.")
     linear = {id(m.weight) for m in base.modules() if type(m) is nn.Linear}
     for name, p in own.items():
         if id(p) in linear:  # as a batched product lays out its gradient: autograd would copy any other into this shape
@@ -431,7 +436,7 @@ class _Stacked:
         self.shares = [torch.empty_like(p) for p in self.tensors]  # memory that `pull` need not ask for at each step
         for name, weight, anchor in zip(self.names, self.weights, self.anchors):
             for r, memory in enumerate(memories):
-                if memory is not None and memory.fisher:
+                if memory is not None and name in memory.fisher:  # one that it never saw is free, as in `fit`
                     weight[r] = memory.strength * memory.fisher[name]
                     anchor[r] = memory.theta_star[name]
 

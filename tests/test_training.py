@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from ewc import EWC, kfac, models, relatives, tasks, training
+from ewc import EWC, fisher, kfac, models, relatives, tasks, training
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +322,20 @@ def test_sweep_refuses_what_it_cannot_stack(digits):
     for memory in (relatives.SynapticIntelligence(strength=1.0), kfac.KFAC(strength=1.0)):
         with pytest.raises(ValueError, match="train this one with fit"):
             training.sweep([net(digits)], digits, seeds=[0], memories=[memory])
+
+
+def test_sweep_with_memories_of_other_weights(digits):
+    start, memory = net(digits), EWC(strength=100.0)
+    found = fisher.diagonal(start, digits.train)
+    first = next(iter(found))
+    memory.consolidate(start, fisher={first: found[first]})  # all else is free
+    one, alone = copy.deepcopy(start), copy.deepcopy(start)
+    training.sweep([one], digits, seeds=[0], memories=[memory], epochs=1)
+    training.fit(alone, digits, memory=memory, seed=0, epochs=1)
+    torch.testing.assert_close(flat(one), flat(alone), rtol=1e-4, atol=1e-6)
+    for other in (nn.Linear(digits.features, 10), nn.Sequential(nn.Linear(digits.features, 7), nn.Linear(7, 10))):
+        with pytest.raises(ValueError, match="use the models that were consolidated"):
+            training.sweep([other], digits, seeds=[0], memories=[memory], epochs=1)
 
 
 def test_sweep_with_a_module_at_two_places(digits):
