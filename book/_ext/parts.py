@@ -55,8 +55,8 @@ def pages(env):
 
 def page_link(env, page):
     """A link to a page by its number, if it has one, and its title; to be resolved by Sphinx."""
-    number = ".".join(map(str, env.toc_secnumbers.get(page, {}).get("") or ()))
-    title = nodes.inline("", f"{number} {env.titles[page].astext()}".strip())
+    number = "".join(f"{part}. " for part in env.toc_secnumbers.get(page, {}).get("") or ())
+    title = nodes.inline("", number + env.titles[page].astext())
     return addnodes.pending_xref(
         "", title, refdomain="std", reftype="doc", reftarget=f"/{page}", refdoc=env.docname, refexplicit=True
     )
