@@ -53,6 +53,15 @@ def test_glue_is_not_needed_outside_the_book(monkeypatch):
     assert glue("name", 1.0, display=False) is None
 
 
+@pytest.mark.parametrize("page", EXECUTED)
+def test_visible_code_fits_the_column(page):
+    """At 1280 pixels it has room for 82 letters; a longer line would hide its end. An alternative text may."""
+    cells = re.findall(r"^`{3}\{code-cell\} ipython3\n(.*?)^`{3}", (ROOT / f"{page}.md").read_text(), re.DOTALL | re.MULTILINE)
+    seen = [cell for cell in cells if not re.search("hide-input|hide-cell|remove-cell|remove-input", cell)]
+    lines = [line for cell in seen for line in cell.splitlines() if len(line) > 82 and "alt=" not in line]
+    assert cells and not lines, "\n".join(lines)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EXECUTED)
 def test_the_text_is_standard_markdown(site, page):
