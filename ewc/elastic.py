@@ -142,19 +142,27 @@ class EWC:
             if name not in fisher and name not in self.fisher:
                 continue
             theta = p.detach()
-            f = fisher[name].detach().to(p.device) if name in fisher else torch.zeros_like(self.fisher[name])
-            old = self.decay * self.fisher[name] if name in self.fisher else torch.zeros_like(f)
+            if name in fisher:
+                f = fisher[name].detach().to(p.device)
+            else:
+                f = torch.zeros_like(self.fisher[name])
+            old = torch.zeros_like(f)
+            if name in self.fisher:
+                old = self.decay * self.fisher[name]
             total = old + f
             if self.anchors == "latest" or name not in self.fisher:
                 new_star[name] = theta.clone()
             else:
-                # A step from the new optimum towards the old anchor; a weight without any Fisher stays at the new one.
+                # A step from the new optimum towards the old anchor;
+                # a weight without any Fisher stays at the new one.
                 share = torch.where(total > 0, old / total, 0)
                 moved = self.theta_star[name] - theta
-                gained += 0.5 * float((share * f * moved.square()).sum(dtype=torch.float64))
+                value = (share * f * moved.square()).sum(dtype=torch.float64)
+                gained += 0.5 * float(value)
                 new_star[name] = (theta + share * moved).to(theta.dtype)
             new_fisher[name] = total
-        self.constant = self.decay * self.constant + gained if self.anchors == "each" else 0.0
+        gained += self.decay * self.constant
+        self.constant = gained if self.anchors == "each" else 0.0
         self.fisher, self.theta_star = new_fisher, new_star
         self.tasks += 1
         self._springs = None
@@ -373,7 +381,11 @@ class _Quadratic(torch.autograd.Function):
         third = len(tensors) // 3
         fisher, star, theta = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
         delta = torch._foreach_sub(theta, star)
-        halves = [torch.dot((w := f * d).flatten(), d.to(w.dtype).flatten()) for f, d in zip(fisher, delta)]
+        pulls = [f * d for f, d in zip(fisher, delta)]
+        halves = [
+            torch.dot(pull.flatten(), d.to(pull.dtype).flatten())
+            for pull, d in zip(pulls, delta)
+        ]
         return 0.5 * torch.stack(halves).sum()
 
     @staticmethod
@@ -418,7 +430,8 @@ class _Springs:
             for inverse, buffer in zip(self.inverse, self.buffers):
                 limits = torch.finfo(inverse.dtype)
                 if limits.tiny <= 1 / factor <= limits.max:
-                    torch.add(inverse.new_ones(()), inverse, alpha=1 / factor, out=buffer).reciprocal_()
+                    one = inverse.new_ones(())
+                    torch.add(one, inverse, alpha=1 / factor, out=buffer).reciprocal_()
                 else:  # rounded to 0 or ∞ the scale would make NaN
                     buffer.copy_((1 + inverse.double() / factor).reciprocal())
             self.factor = factor

@@ -99,11 +99,14 @@ def diagonal(
         engine = _layers.Engine(model, batch_size)
         for x, y in _blocks(data):
             x, y = engine.to_model(x), y.to(engine.device)
-            shortlist = _Shortlist(engine, x, y, classes, tolerance) if tolerance else None
+            shortlist = None
+            if tolerance:
+                shortlist = _Shortlist(engine, x, y, classes, tolerance)
             for rows in shortlist.chunks(engine) if shortlist else engine.chunks(x):
                 softmax = _Softmax(engine.forward(x[rows]), y[rows], classes)
                 if estimator == "exact":
-                    engine.backward(_Columns(softmax, shortlist and shortlist.columns(rows)))
+                    columns = shortlist and shortlist.columns(rows)
+                    engine.backward(_Columns(softmax, columns))
                 else:
                     engine.backward([softmax.vector(estimator, generator)])
                 bar.update(len(softmax.z))

@@ -126,7 +126,10 @@ def factors(
                 )
                 for (name, total), delta in zip(sums.items(), deltas):
                     d = _positions(layers[name], delta)
-                    d = _by_example(name, d, len(x)).sum(1) if setting == "reduce" else d.flatten(0, -2)
+                    if setting == "reduce":
+                        d = _by_example(name, d, len(x)).sum(1)
+                    else:
+                        d = d.flatten(0, -2)
                     total.G.addmm_(d.T.to(kind), d.to(kind))
             counts += torch.tensor([len(x), *map(len, inputs)])
     counts = counts.to(weight.device)
@@ -397,7 +400,8 @@ class KFAC:
 
     def _curved(self, name: str, delta: Tensor) -> Tensor:
         """Σ_t G_t Δ A_t."""
-        return sum(task[name].G.to(delta) @ delta @ task[name].A.to(delta) for task in self.tasks)
+        pairs = [task[name] for task in self.tasks]
+        return sum(pair.G.to(delta) @ delta @ pair.A.to(delta) for pair in pairs)
 
     def _basis(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U, V and the products of eigenvalues g_i a_j of the summed G and the mean A."""

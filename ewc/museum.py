@@ -120,15 +120,19 @@ def room_7(features: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
 # ---- the penalty ----------------------------------------------------------------------------------------------------
 
 
-def room_8(model: Module, fisher: Named, anchor: Named, strength: float) -> Tensor:
-    """Meant: EWC's penalty, half of strength times F times the squared distance."""
+def room_8(
+    model: Module, fisher: Named, anchor: Named, strength: float
+) -> Tensor:
+    """Meant: EWC's penalty, half of strength times F times the squared move."""
     total = torch.zeros(())
     for name, p in model.named_parameters():
         total = total + (fisher[name] * (p - anchor[name]) ** 2).sum()
     return strength * total
 
 
-def room_9(model: Module, fisher: Named, anchor: Named, strength: float) -> Tensor:
+def room_9(
+    model: Module, fisher: Named, anchor: Named, strength: float
+) -> Tensor:
     """Meant: EWC's penalty again, for a network whose head may grow."""
     total = torch.zeros(())
     for name, p in model.named_parameters():
@@ -147,7 +151,11 @@ def room_10(model: Module) -> Named:
 
 
 def room_11(
-    model: Module, fishers: Sequence[Named], anchor: Named, strength: float, decay: float
+    model: Module,
+    fishers: Sequence[Named],
+    anchor: Named,
+    strength: float,
+    decay: float,
 ) -> Tensor:
     """Meant: online EWC. Old Fishers decay when a new one is added; oldest first."""
     total = zeros(model)

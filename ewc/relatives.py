@@ -137,7 +137,7 @@ class SynapticIntelligence(_Relative):
             self._path["gradient"][name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
 
     def _close(self, name: str, p: Tensor) -> None:
-        """Credits the weights' move since the last record with the fall that the gradient there promised."""
+        """Credits the move since the last record with the fall promised there."""
         last, gradient = self._path["last"][name], self._path["gradient"][name]
         self._path["work"][name] -= gradient * (p - last)
         last.copy_(p)

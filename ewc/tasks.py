@@ -131,16 +131,20 @@ class Task:
     def masked(self, logits: Tensor, labels: Tensor) -> Tensor:
         r"""The logits, with -∞ for the classes outside the head of each example.
 
-        A softmax over the result gives those classes the probability 0, and a loss gives their outputs the
-        gradient 0: one output layer, masked, is as many separate output layers as there are heads.
+        A softmax over the result gives those classes the probability 0, and a loss
+        gives their outputs the gradient 0: one output layer, masked, is as many
+        separate output layers as there are heads.
 
         Args:
             logits: shape ``(..., n, classes)``.
-            labels: the images' classes, shape ``(n,)`` or ``(..., n)``; only the head they belong to is used.
+            labels: the images' classes, shape ``(n,)`` or ``(..., n)``; only the head
+                they belong to is used.
 
         Implements: eq-restricted-softmax
         """
-        return logits if self.heads is None else logits.masked_fill(self._elsewhere[labels], -math.inf)
+        if self.heads is None:
+            return logits
+        return logits.masked_fill(self._elsewhere[labels], -math.inf)
 
     @cached_property
     def _elsewhere(self) -> Tensor:
