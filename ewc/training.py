@@ -315,7 +315,9 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
     if optimizer == "sgd":
         opt = torch.optim.SGD(tensors, lr=lr, momentum=momentum, foreach=True)
     else:
-        opt = torch.optim.Adam(tensors, lr=lr, fused=True)  # one pass over its four tensors, not five
+        # Fused: one pass over its four tensors, not five. On a GPU its step count would lie there, and be waited for.
+        on_cpu = tensors[0].device.type == "cpu"
+        opt = torch.optim.Adam(tensors, lr=lr, fused=on_cpu, foreach=not on_cpu)
     if moments:
         # A copy: the optimiser writes into its state, and the rate is this run's, not the last one's.
         opt.load_state_dict({"state": copy.deepcopy(moments), "param_groups": opt.state_dict()["param_groups"]})
