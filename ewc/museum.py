@@ -157,7 +157,7 @@ def room_11(
     strength: float,
     decay: float,
 ) -> Tensor:
-    """Meant: online EWC. Old Fishers decay when a new one is added; oldest first."""
+    """Meant: online EWC. Old Fishers decay when one is added; oldest first."""
     total = zeros(model)
     for fisher in fishers:
         total = {name: decay * total[name] + fisher[name] for name in total}
