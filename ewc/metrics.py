@@ -48,12 +48,13 @@ def accuracy(
         raise ValueError("accuracy() needs at least one class to choose from; classes=None allows all.")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    hits = 0
+    hits, allowed = 0, None
     try:
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(images)
             if classes is not None:
-                allowed = class_index(classes, logits, least=1)
+                if allowed is None:  # the network's first answer says how many classes there are
+                    allowed = class_index(classes, logits, least=1)
                 choice = allowed[logits[:, allowed].argmax(-1)]
             else:
                 choice = (data.masked(logits, labels) if isinstance(data, Task) else logits).argmax(-1)
