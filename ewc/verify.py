@@ -83,15 +83,18 @@ def close(label: str, actual: Any, expected: Any, *, rtol: float, atol: float = 
                 f"{label}: {_element(key, at)} is {a[at]:.17g}, expected {e[at]:.17g}; residual "
                 f"{a[at] - e[at]:.3g}, allowed {atol + rtol * abs(e[at]):.3g} (rtol={rtol:g}, atol={atol:g})."
             )
-        size = np.abs(e)
-        relative = np.divide(difference, size, out=np.where(difference > 0, np.inf, 0.0), where=size > 0)
-        worst = max(
-            worst, np.minimum(relative, difference / atol * rtol if atol else np.inf).max(initial=0.0)
-        )
+        if rtol:
+            size = np.abs(e)
+            relative = np.divide(difference, size, out=np.where(difference > 0, np.inf, 0.0), where=size > 0)
+            difference = np.minimum(relative, difference / atol * rtol if atol else np.inf)
+        worst = max(worst, difference.max(initial=0.0))
     # A power of ten, because the digits of a rounding error differ from machine to machine.
     error = f"below 1e{math.ceil(math.log10(worst))}" if worst > 0 else "0"
-    tolerance = f"tolerance {rtol:g}" + (f", or {atol:g} absolute" if atol else "")
-    _passed(label, "numeric", f"equal to brute force in float64, relative error {error} ({tolerance})")
+    if rtol:
+        error = f"relative error {error} (tolerance {rtol:g}" + (f", or {atol:g} absolute)" if atol else ")")
+    else:
+        error = f"absolute error {error} (tolerance {atol:g})"
+    _passed(label, "numeric", f"equal to brute force in float64, {error}")
 
 
 def sampled(label: str, estimate: Any, expected: Any, *, standard_error: Any, sigmas: float = 4.0) -> None:

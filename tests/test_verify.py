@@ -80,11 +80,13 @@ def test_close_accepts_numbers_arrays_tensors_and_dictionaries(capsys):
     verify.close("eq-a", torch.ones(2, 3, dtype=torch.float64, requires_grad=True), ones, rtol=1e-12)
     verify.close("eq-a", {"w": ones, "b": 2}, {"b": 2.0, "w": ones}, rtol=1e-12)
     verify.close("eq-a", np.array([1e-15, 1.0]), np.array([0.0, 1.0]), rtol=1e-12, atol=1e-14)
+    verify.close("eq-a", 100.004, 100.0, rtol=0, atol=0.01)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "✓ eq-a: equal to brute force in float64, relative error below 1e-15 (tolerance 1e-12)"
     assert lines[1] == "✓ eq-a: equal to brute force in float64, relative error below 1e-12 (tolerance 1e-12)"
     assert lines[2] == "✓ eq-a: equal to brute force in float64, relative error 0 (tolerance 1e-12)"
     assert lines[4].endswith("(tolerance 1e-12, or 1e-14 absolute)")
+    assert lines[5].endswith("absolute error below 1e-2 (tolerance 0.01)")
 
 
 @pytest.mark.parametrize(
