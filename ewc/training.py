@@ -85,7 +85,7 @@ def fit(
         penalty: ``"pull"`` takes a proximal step on the penalty after each step of the optimiser,
             stable for every strength; ``"gradient"`` adds the penalty's gradient to the loss's.
         watch: tasks whose test accuracy is recorded.
-        every: steps between two such evaluations; None evaluates once an epoch.
+        every: steps between two such evaluations, the last step being one in any case; None evaluates once an epoch.
         seed: fixes the order of the examples.
         moments: the optimiser's running means, carried from task to task: give every call the same dict, empty
             at first. None starts the optimiser afresh.
@@ -380,7 +380,7 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
             seen += batch.shape[-1]
             if len(window) == CHECK_EVERY or step % per_epoch == 0 or step == total:
                 summed = summed + check(step)
-            if watched and step % every == 0:
+            if watched and (step % every == 0 or step == total):
                 look(step)
                 for module in modules:
                     module.train()

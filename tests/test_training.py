@@ -52,7 +52,7 @@ def test_fit_learns_and_tells_what_it_saw(digits, letters):
     assert set(history.accuracy) == {"digits", "letters"}
     assert history.accuracy["digits"][-1] > 0.75 > 0.3 > history.accuracy["digits"][0]
     assert len(history.loss) == 20 and history.loss[-1] < history.loss[0] / 2
-    assert training.fit(model, digits, epochs=1, watch=[digits], every=2).steps == [0, 2]
+    assert training.fit(model, digits, epochs=1, watch=[digits], every=2).steps == [0, 2, 3]  # and the end
 
 
 @pytest.mark.parametrize("penalty", ["pull", "gradient"])
