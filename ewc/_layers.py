@@ -43,6 +43,21 @@ def numbers(tensors: Sequence[Tensor]) -> list:
     return torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else []
 
 
+def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Every place where a module holds a parameter -> the name that ``named_parameters`` gives it, its value.
+
+    With this list functional_call need not tie weights itself: given a module that sits at two places, its
+    own tying leaves the swapped tensors behind in the model.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{path}.{own}".lstrip("."): (names[id(p)], p.detach())
+        for path, module in model.named_modules()
+        for own, p in module._parameters.items()
+        if p is not None
+    }
+
+
 # ---- recording ------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +81,8 @@ class Call:
         return self.version == self.input._version and rows and rows % examples == 0 and self.shape[0] == rows
 
     def signature(self, examples: int) -> tuple:
-        return id(self.layer), len(self.input) / examples, self.input.shape[1:], self.shape[1:]
+        # One example alone says nothing about the order of rows, so what it proves counts for one example only.
+        return id(self.layer), examples > 1, len(self.input) / examples, self.input.shape[1:], self.shape[1:]
 
 
 def record(model: nn.Module, x: Tensor, wanted: dict[int, str]) -> tuple[Tensor, list[Call]]:
@@ -329,7 +345,7 @@ class Product:
         step = max(1, self.budget // (groups * vectors * o * i))
         for s in range(0, n, step):
             g = left[s : s + step] @ self.right[s : s + step].transpose(2, 3)  # (n, groups, vectors * o, i)
-            part = g.unflatten(2, (vectors, o)).square_().sum((0, 2), dtype=accumulator(g.dtype))
+            part = g.unflatten(2, (vectors, o)).to(accumulator(g.dtype)).square_().sum((0, 2))
             self.total = part if self.total is None else self.total.add_(part)
         self.waiting = []
 
@@ -348,7 +364,7 @@ class Added:
     def add(self, deltas: list[Tensor]) -> None:
         parts = [rule.reduce(d if rule.scale is None else d * rule.scale) for rule, d in zip(self.rules, deltas)]
         g = sum(p if len(p) == self.examples else p.unflatten(0, (self.examples, -1)).sum(1) for p in parts)
-        part = g.square().sum(0, dtype=accumulator(g.dtype))
+        part = g.to(accumulator(g.dtype)).square().sum(0)
         self.total = part if self.total is None else self.total.add_(part)
 
     def finish(self) -> Tensor:
@@ -389,7 +405,7 @@ def closed_forms(calls: dict[str, list[Call]], parameters: dict[str, Tensor], ex
             continue
         rules = []
         for call in own:
-            local = [k for k, q in call.layer._parameters.items() if q is p]
+            local = [k for k, q in call.layer._parameters.items() if q is p and k in ("weight", "bias")]
             rules += [RULES[type(call.layer)](call.layer, k, call.input) for k in local]
         if len(rules) != len(own) or None in rules or len({rule.kind for rule in rules}) != 1:
             continue
@@ -415,8 +431,14 @@ class Engine:
         self.wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.wanted:
             raise ValueError("No parameter of the model requires a gradient, so there is nothing to measure.")
+        for name, p in self.wanted.items():
+            if p.is_complex():
+                raise ValueError(
+                    f"Parameter {name!r} is complex; the Fisher information is of real weights. Store its real and "
+                    "imaginary parts (torch.view_as_real) as the parameter."
+                )
         for name, layer in model.named_modules():
-            if getattr(layer, "max_norm", None) is not None:
+            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
                 raise ValueError(f"Layer {name!r} has max_norm, which changes its weights in every forward pass.")
         self.names = {id(p): name for name, p in self.wanted.items()}
         first = next(iter(self.wanted.values()))
@@ -429,7 +451,7 @@ class Engine:
         self.budget = 32 * BUDGET if cuda else BUDGET
         self.batch_size = batch_size
         self.largest_batch = 32768 if cuda else 2048
-        self.rehearsed = False
+        self.rehearsed = 0  # on how many examples
         self.trusted: dict[str, set] = {}  # closed forms that passed the rehearsal, with the shapes they passed for
         self.refused: set[str] = set()  # closed forms that did not
         self.looped: set[str] = set()  # parameters that torch.func cannot do
@@ -444,7 +466,8 @@ class Engine:
 
     def examples_at_once(self, x: Tensor) -> int:
         if self.batch_size is None:
-            _, calls = record(self.model, x[:REHEARSED], self.names)
+            with torch.enable_grad():  # without a graph there are no calls to measure
+                _, calls = record(self.model, x[:REHEARSED], self.names)
             kernel = [math.prod(getattr(c.layer, "kernel_size", (1,))) for c in calls]
             size = x[0].numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel)) // REHEARSED
             self.batch_size = max(16, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
@@ -462,6 +485,8 @@ class Engine:
         """Adds (J^T v)^2 of the examples of the last `forward`, for every vector (each of the shape of the logits)."""
         x, z, calls = self.x, self.z, self.calls
         self.x = self.z = self.calls = None
+        if not len(vectors):  # nothing but padding
+            return
         if not z.requires_grad:
             raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
         owners, used = closed_calls(z, calls, self.names)
@@ -471,7 +496,7 @@ class Engine:
         def trusted(name: str) -> bool:
             return marks[name] in self.trusted.get(name, ())
 
-        if not (self.rehearsed and all(map(trusted, owners))):
+        if self.rehearsed < min(len(x), REHEARSED) or not all(map(trusted, owners)):
             self._rehearse(x[:REHEARSED])
         sums = self._closed({name: own for name, own in owners.items() if name not in self.refused}, z, vectors)
         # What the rehearsal could not tell, since it saw zeros only, counts where it is zero again.
@@ -509,19 +534,20 @@ class Engine:
         """Gradients of some parameters example by example through ``torch.func``, within the memory budget."""
         if not names:
             return {}
-        fixed = {n: p.detach() for n, p in self.model.named_parameters() if n not in names}
         params = {n: self.wanted[n].detach() for n in names}
+        where = places(self.model)
 
         def squares(params, one, columns):
             def f(p):
-                return functional_call(self.model, {**fixed, **p}, (one.unsqueeze(0),)).squeeze(0)
+                tensors = {place: p.get(name, held) for place, (name, held) in where.items()}
+                return functional_call(self.model, tensors, (one.unsqueeze(0),), tie_weights=False).squeeze(0)
 
             grads = vmap(vjp(f, params)[1])(columns)[0]
             return {n: g.to(accumulator(g.dtype)).square().sum(0) for n, g in grads.items()}
 
         # Recurrent layers write in place into states that vmap takes for shared, unless the weights are batched too.
         batched = any(isinstance(layer, nn.RNNBase) for layer in self.model.modules())
-        size = sum(p.numel() for p in params.values())
+        size = max(1, sum(p.numel() for p in params.values()))
         across = max(1, min(len(vectors), 4 * self.budget // size))
         along = max(1, 4 * self.budget // (size * across))
         sums = {n: torch.zeros_like(self.totals[n]) for n in names}
@@ -594,7 +620,7 @@ class Engine:
         fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
         truth = self._one_by_one(list(self.wanted), x, v, z.detach())
         size = dict(zip(truth, numbers([t.norm() for t in truth.values()])))
-        scale = max(size[name] / math.sqrt(t.numel()) for name, t in truth.items())
+        scale = max(size[name] / math.sqrt(max(1, t.numel())) for name, t in truth.items())
 
         def differing(values: dict[str, Tensor]) -> set[str]:
             far = numbers([torch.dist(part.reshape(truth[name].shape), truth[name]) for name, part in values.items()])
@@ -613,7 +639,7 @@ class Engine:
             if size[name]:  # zeros prove nothing: look again at the next chunk
                 mark = tuple(c.signature(len(x)) for c in owners[name])
                 self.trusted.setdefault(name, set()).add(mark)
-        if not self.rehearsed:
+        if self.rehearsed < len(x):
             slow = [name for name in self.wanted if name not in self.trusted]
             self.looped |= differing(self._per_example(slow, x, v))
-        self.rehearsed = True
+        self.rehearsed = max(self.rehearsed, len(x))

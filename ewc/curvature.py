@@ -22,7 +22,8 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from ewc.fisher import _blocks
+from ewc._layers import places
+from ewc.fisher import _blocks, _length, progress
 
 __all__ = [
     "blocks",
@@ -301,20 +302,6 @@ def _flat(model: nn.Module):
     return theta, logits_of
 
 
-def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Every place where a module holds a parameter -> the name that ``named_parameters`` gives it, its value.
-
-    With this list functional_call need not tie weights itself: given a module that sits at two places, its
-    own tying leaves the swapped tensors behind in the model.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{path}.{own}".lstrip("."): (names[id(p)], p.detach())
-        for path, module in model.named_modules()
-        for own, p in module.named_parameters(recurse=False)
-    }
-
-
 def _prepare(model: nn.Module, data):
     """θ, the logits' function, inputs and labels; refuses a (P, P) matrix that is too large."""
     theta, logits_of = _flat(model)
@@ -333,8 +320,11 @@ def _check_size(elements: int, theta: Tensor, what: str) -> None:
 
 def batches(data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and labels of a pair of tensors, a dataset or a loader, part by part."""
-    for x, y in _blocks(data):
-        yield from zip(x.split(batch_size), y.split(batch_size))
+    with progress("Curvature", _length(data), "examples") as bar:
+        for x, y in _blocks(data):
+            for part in zip(x.split(batch_size), y.split(batch_size)):
+                yield part
+                bar.update(len(part[0]))
 
 
 def collect(data, theta: Tensor) -> tuple[Tensor, Tensor]:

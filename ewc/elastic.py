@@ -161,8 +161,7 @@ class EWC:
                 gained += 0.5 * float(value)
                 new_star[name] = (theta + share * moved).to(theta.dtype)
             new_fisher[name] = total
-        gained += self.decay * self.constant
-        self.constant = gained if self.anchors == "each" else 0.0
+        self.constant = self.decay * self.constant + gained
         self.fisher, self.theta_star = new_fisher, new_star
         self.tasks += 1
         self._springs = None
@@ -205,6 +204,8 @@ class EWC:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+            elif p.grad.is_sparse:  # the springs pull at every row
+                p.grad = p.grad.to_dense()
         grads = [p.grad for p in parameters]
         if not grads:
             return
@@ -243,10 +244,10 @@ class EWC:
         if self._springs is None or not self._springs.belong_to(fisher):
             self._springs = _Springs(fisher)
         if isinstance(step, Mapping):
-            missing = [name for name in self.fisher if name not in step]
+            missing = [n for n, p in zip(self.fisher, parameters) if p.requires_grad and n not in step]
             if missing:
                 raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
-            shares = self._springs.shares_of_each([step[name] for name in self.fisher], self.strength)
+            shares = self._springs.shares_of_each([step.get(name, 0.0) for name in self.fisher], self.strength)
         else:
             if not (math.isfinite(step) and step >= 0):
                 raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
@@ -255,7 +256,7 @@ class EWC:
             shares = self._springs.shares(step * self.strength)
         used = [i for i, p in enumerate(parameters) if p.requires_grad]
         if used:
-            if parameters[0].dtype != star[0].dtype:  # the model was converted since, as by model.double()
+            if any(p.dtype != s.dtype for p, s in zip(parameters, star)):  # converted since, as by model.double()
                 star = [s.to(p.dtype) for s, p in zip(star, parameters)]
             torch._foreach_lerp_(
                 [parameters[i] for i in used],
@@ -276,6 +277,7 @@ class EWC:
             "theta_star": dict(self.theta_star),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping) -> None:
         """Takes over a `state_dict`, options included.
 
@@ -288,6 +290,11 @@ class EWC:
             raise ValueError(f"This is not the state of an EWC memory: expected {sorted(expected)}, found {found}.")
         new = EWC(state["strength"], estimator=state["estimator"], anchors=state["anchors"], decay=state["decay"])
         fisher, star = state["fisher"], state["theta_star"]
+        for part in (fisher, star):
+            if not (isinstance(part, Mapping) and all(isinstance(t, Tensor) for t in part.values())):
+                raise ValueError("The checkpoint's fisher and theta_star must map names to tensors; it is damaged.")
+        if not (isinstance(state["constant"], (int, float)) and isinstance(state["tasks"], int)):
+            raise ValueError("The checkpoint's constant and tasks must be numbers; it is damaged.")
         if {n: t.shape for n, t in fisher.items()} != {n: t.shape for n, t in star.items()}:
             raise ValueError("The checkpoint's fisher and theta_star differ in names or shapes; it is damaged.")
         new.constant, new.tasks = float(state["constant"]), int(state["tasks"])
@@ -300,20 +307,7 @@ class EWC:
 
         In an initialised process group only rank 0 writes.
         """
-        dist = torch.distributed
-        if dist.is_available() and dist.is_initialized() and dist.get_rank():
-            return
-        path = Path(path)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(self.state_dict(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        write(self.state_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str | None = None) -> EWC:
@@ -328,11 +322,15 @@ class EWC:
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} is not a readable checkpoint (truncated, or not written by EWC.save).") from error
+            raise ValueError(
+                f"{path} is not a readable checkpoint: truncated, not written by EWC.save, or saved on a device that "
+                "this machine lacks (then pass device='cpu')."
+            ) from error
         memory = cls(0.0)
         memory.load_state_dict(state)
         return memory
 
+    @torch.inference_mode(False)
     def to(self, *args, **kwargs) -> EWC:
         """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
         self.fisher = {name: t.to(*args, **kwargs) for name, t in self.fisher.items()}
@@ -372,12 +370,35 @@ class EWC:
         return found
 
 
+def write(state: dict, path: str | os.PathLike) -> None:
+    """Writes ``state`` beside ``path``, to the disk, then renames; in a process group on rank 0 only."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_rank():
+        return
+    path = Path(path)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
 class _Quadratic(torch.autograd.Function):
     """½ Σ F (θ − θ*)² of lists of tensors (F..., θ*..., θ...): one node instead of three for every parameter."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
         third = len(tensors) // 3
         fisher, star, theta = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
         delta = torch._foreach_sub(theta, star)
@@ -386,7 +407,7 @@ class _Quadratic(torch.autograd.Function):
             torch.dot(pull.flatten(), d.to(pull.dtype).flatten())
             for pull, d in zip(pulls, delta)
         ]
-        return 0.5 * torch.stack(halves).sum()
+        return 0.5 * torch.stack([half.to(halves[0].device) for half in halves]).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -394,7 +415,7 @@ class _Quadratic(torch.autograd.Function):
         tensors = ctx.saved_tensors
         third = len(tensors) // 3
         fisher, star, theta = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
-        return (*[None] * (2 * third), *[(grad * f * (p - s)).to(p.dtype) for f, s, p in zip(fisher, star, theta)])
+        return (*[None] * (2 * third), *[(grad.to(f.device) * f * (p - s)).to(p.dtype) for f, s, p in zip(fisher, star, theta)])
 
 
 class _Springs:

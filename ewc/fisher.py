@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from operator import length_hint
 
 import torch
+import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -95,7 +96,7 @@ def diagonal(
         raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
 
     model = unwrap(model)
-    with _untouched(model), _progress(data) as bar:
+    with _untouched(model), progress("Fisher", _length(data), "examples") as bar:
         engine = _layers.Engine(model, batch_size)
         for x, y in _blocks(data):
             x, y = engine.to_model(x), y.to(engine.device)
@@ -154,8 +155,8 @@ class _Softmax:
             signed = self.log_p.div(2).exp() * (_random(self.log_p, generator) < 0.5).mul(2).sub(1)
             return self.restore(_balanced(signed - self.log_p.exp() * signed.sum(1, True), self.log_p.argmax(1, True)))
         if estimator == "sampled":
-            # Gumbel's trick: exact however small the probability of a class.
-            noise = -_random(self.log_p, generator).log()
+            # Gumbel's trick, in double precision: true also to probabilities far below those of float32's grid.
+            noise = -_random(self.log_p.double(), generator).log()
             y = (self.log_p - noise.log()).argmax(1, True)
         elif estimator == "empirical":
             y = self._position_of_labels()
@@ -378,7 +379,12 @@ def _mean(engine: _layers.Engine) -> dict[str, Tensor]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode with gradients on; puts back modes and buffers, whatever happens inside."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(m, k, b, b._version, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
+    buffers = [
+        (m, k, b, None if b.is_inference() else b._version, b.clone())  # one made in that mode has no version
+        for m in model.modules()
+        for k, b in m._buffers.items()
+        if b is not None
+    ]
     try:
         model.eval()
         recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
@@ -389,7 +395,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for module, key, buffer, version, copy in buffers:
-                if buffer._version != version:
+                if version is not None and buffer._version != version:
                     buffer.copy_(copy)
                 module._buffers[key] = buffer
 
@@ -408,12 +414,12 @@ def _cudnn(recurrent: bool) -> Iterator[None]:
         cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
-@contextmanager
-def _progress(data) -> Iterator:
+def progress(what: str, total: int | None, unit: str) -> tqdm.tqdm:
     """A progress bar, on a terminal only and only after three seconds."""
-    from tqdm import tqdm
+    return tqdm.tqdm(total=total, desc=what, unit=f" {unit}", delay=3, leave=False, disable=not sys.stderr.isatty())
 
+
+def _length(data) -> int | None:
+    """How many examples; None for what has no length, such as a single number: `_blocks` says what is wrong with it."""
     first = data[0] if isinstance(data, (tuple, list)) and data else getattr(data, "dataset", data)
-    total = length_hint(first) or None  # of what has no length, such as a single number: `_blocks` says what is wrong
-    with tqdm(total=total, desc="Fisher", unit=" examples", delay=3, leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield bar
+    return length_hint(first) or None

@@ -117,7 +117,7 @@ def factors(
                 logits, y = _among(classes, logits, y)
             columns = curvature.score_columns(logits, y, estimator, generator=generator)
             if not counts[0]:
-                _rehearse(layers, records, logits, columns.sum(0))
+                _rehearse(layers, records, logits)
             for a, total in zip(inputs, sums.values()):
                 total.A.addmm_(a.T.to(kind), a.to(kind))
             for column in columns:
@@ -249,6 +249,12 @@ class KFAC:
         model = unwrap(model)
         if self.tasks:
             self._layers(model)
+            now = _kronecker_layers(model)
+            if now.keys() != self.tasks[0].keys():
+                raise ValueError(
+                    f"the memory holds the layers {list(self.tasks[0])}, and {list(now)} are trainable: the layers of "
+                    "a memory stay the same. Freeze and unfreeze as at the first task, or use EWC."
+                )
         new = factors(
             model, data, self.estimator, setting=self.setting, generator=self.generator, classes=classes
         )
@@ -342,6 +348,7 @@ class KFAC:
             "theta_star": dict(self.theta_star),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping) -> None:
         """Takes over a :meth:`state_dict`, options included.
 
@@ -372,6 +379,7 @@ class KFAC:
         new.theta_star = {name: value.detach().clone() for name, value in state["theta_star"].items()}
         self.__dict__.update(new.__dict__)
 
+    @torch.inference_mode(False)
     def to(self, *args, **kwargs) -> KFAC:
         """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
         self.tasks = [
@@ -489,13 +497,14 @@ def _recorded(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[tuple[Ten
     records = {name: [] for name in layers}
 
     def note(name):
-        def hook(module, arguments, output):
-            records[name].append((arguments[0].detach().clone(), output))
+        def hook(module, arguments, named, output):
+            given = arguments[0] if arguments else named["input"]
+            records[name].append((given.detach().clone(), output))
             return output.clone()
 
         return hook
 
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield records
     finally:
@@ -539,8 +548,10 @@ def _by_example(name: str, x: Tensor, examples: int) -> Tensor:
     return x.reshape(examples, -1, x.shape[-1])
 
 
-def _rehearse(layers, records, logits: Tensor, column: Tensor) -> None:
+def _rehearse(layers, records, logits: Tensor) -> None:
     """Refuses a layer whose δaᵀ is not the gradient that autograd finds: its weight is used elsewhere too."""
+    # Any column but a score's: these add up to zero where the model finds all classes alike.
+    column = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
     outputs = [records[name][0][1] for name in layers]
     weights = [layer.weight for layer in layers.values()]
     found = torch.autograd.grad(logits, outputs + weights, column, retain_graph=True, materialize_grads=True)
@@ -579,17 +590,19 @@ def _step(layer: nn.Module, name: str, step: float | Mapping[str, Tensor]) -> fl
 
     A number stays on the host: to ask a tensor on a GPU for its value would stop the queue at every step.
     """
+    prefix = f"{name}." if name else ""
+    own = dict(layer.named_parameters(recurse=False))
+    if not isinstance(step, Mapping) and not all(p.requires_grad for p in own.values()):
+        step = dict.fromkeys((prefix + key for key in own), float(step))  # what is frozen takes a step of its own: 0
     if isinstance(step, Mapping):
-        prefix = f"{name}." if name else ""
-        own = {key: p for key, p in layer.named_parameters(recurse=False)}
-        for key in own:
-            if prefix + key not in step:
+        for key, p in own.items():
+            if p.requires_grad and prefix + key not in step:
                 raise ValueError(
                     f"step has no entry for {prefix + key!r}: give one for each parameter, or one number."
                 )
         # The weight's type from the start: a plain number would pass through float32.
         spread = {
-            key: torch.as_tensor(step[prefix + key], dtype=p.dtype, device=p.device).expand_as(p)
+            key: torch.as_tensor(step[prefix + key] if p.requires_grad else 0.0, dtype=p.dtype, device=p.device).expand_as(p)
             for key, p in own.items()
         }
         size = _joined(spread["weight"], spread.get("bias"))

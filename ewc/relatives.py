@@ -69,7 +69,7 @@ class L2(_Relative):
             if not p.isfinite().all():
                 raise ValueError(f"parameter {name!r} is not finite: an anchor has to be; go back to sound weights.")
         ones = {name: torch.ones_like(p) for name, p in trainable.items()}
-        self.fisher = {name: torch.zeros_like(f) for name, f in self.fisher.items()}
+        self.decay = 0.0  # one spring for each weight, at the newest place
         super().consolidate(model, fisher=ones)
 
 
@@ -253,10 +253,13 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     }
     count = torch.zeros((), dtype=torch.int64, device=first.device)
     chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once
+    # Recurrent layers write in place into states that vmap takes for shared, unless the weights are batched too.
+    batched = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
     with curvature.evaluating(model):
         for x, _ in curvature.batches(data, chunk):
             for part in curvature.like(x, first).split(chunk):
-                for name, g in vmap(grad(size), in_dims=(None, 0))(trainable, part).items():
+                weights = {n: p.expand(len(part), *p.shape) for n, p in trainable.items()} if batched else trainable
+                for name, g in vmap(grad(size), in_dims=(0 if batched else None, 0))(weights, part).items():
                     total[name] += g.abs().sum(0)
             count += len(x)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from . import curvature
+from .elastic import write
+from .fisher import progress, unwrap
 from .metrics import accuracy
 from .tasks import Task
 
@@ -96,8 +97,9 @@ def fit(
     Raises:
         NonFiniteLoss: the loss became infinite or NaN; names the step. The model is left with
             the last weights that are known to have a finite loss.
-        ValueError: an unknown optimiser, schedule or penalty.
+        ValueError: an unknown optimiser, schedule or penalty, no training example, or labels that are no classes.
     """
+    _check(task, batch_size)
     x, y = task.train.tensors
     model.to(x.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
@@ -115,7 +117,7 @@ def fit(
 
     history = History()
     _loop(
-        parameters={k: p for k, p in model.named_parameters() if p.requires_grad},
+        parameters={k: p for k, p in unwrap(model).named_parameters() if p.requires_grad},
         loss_of=loss_of,
         evaluate=evaluate,
         orders=_orders([seed], len(x), x.device, stacked=False),
@@ -168,6 +170,7 @@ def sweep(
             weights at which every loss was finite.
         ValueError: lists of different lengths, a memory of other networks, or options unknown to `fit`.
     """
+    models = [unwrap(model) for model in models]
     runs = len(models)
     memories = list(memories) if memories is not None else [None] * runs
     if not runs or len(seeds) != runs or len(memories) != runs:
@@ -175,9 +178,10 @@ def sweep(
                          f"{len(seeds)} seeds and {len(memories)} memories.")
     if any(hasattr(m, "record") or (m is not None and not hasattr(m, "fisher")) for m in memories):
         raise ValueError("sweep stacks quadratic memories such as EWC and L2; train this one with fit.")
+    _check(task, batch_size)
     x, y = task.train.tensors
     for model in models:
-        model.to(x.device)
+        model.to(x.device).train()  # all of them in one mode, as stacking asks
     base = models[0]
     places = {place: name for place, (name, _) in curvature.places(base).items()}
     stacked, buffers = stack_module_state(list(models))
@@ -240,6 +244,8 @@ def sweep(
             for r, model in enumerate(models):
                 for name, p in model.named_parameters():
                     p.copy_(stacked[name][r])
+                for name, b in model.named_buffers():
+                    b.copy_(buffers[name][r])
     return histories
 
 
@@ -270,10 +276,13 @@ def run(
         shape ``(T, T)``, or ``(R, T, T)`` for R models.
 
     Raises:
-        ValueError: the checkpoint belongs to another run.
+        ValueError: the checkpoint belongs to another run; one seed or memory for several models.
     """
     many = isinstance(model, (list, tuple))
     models = list(model) if many else [model]
+    for what, given in {"seed": seed, "memory": memory}.items():
+        if many and not isinstance(given, Sequence) and (what == "seed" or given is not None):
+            raise ValueError(f"{len(models)} models need a list of one {what} each; got {given!r}.")
     memories = list(memory) if many and memory is not None else [memory] * len(models)
     seeds = list(seed) if many else [seed]
     names = [t.name for t in tasks]
@@ -360,32 +369,34 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
     if watched:
         look(0)
     step = 0
-    for epoch in range(math.ceil(total / per_epoch)):
-        summed, seen = 0.0, 0
-        for batch in orders(epoch).split(batch_size, dim=-1)[: total - step]:
-            if schedule == "cosine":  # as CosineAnnealingLR, whose step takes a tenth of a small network's
-                opt.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
-            opt.zero_grad(set_to_none=True)
-            loss = loss_of(batch)
-            loss.sum().backward()
-            if memory is not None:
-                memory.record()
-                if penalty == "gradient":
-                    memory.add_gradient()
-            opt.step()
-            if memory is not None and penalty == "pull":
-                memory.pull(_step_sizes(opt, parameters))
-            window.append(loss.detach() * batch.shape[-1])
-            step += 1
-            seen += batch.shape[-1]
-            if len(window) == CHECK_EVERY or step % per_epoch == 0 or step == total:
-                summed = summed + check(step)
-            if watched and (step % every == 0 or step == total):
-                look(step)
-                for module in modules:
-                    module.train()
-        for history, value in zip(histories, (summed / seen).view(-1).tolist()):
-            history.loss.append(value)
+    with progress("Training", total, "steps") as bar:
+        for epoch in range(math.ceil(total / per_epoch)):
+            summed, seen = 0.0, 0
+            for batch in orders(epoch).split(batch_size, dim=-1)[: total - step]:
+                if schedule == "cosine":  # as CosineAnnealingLR, whose step takes a tenth of a small network's
+                    opt.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
+                opt.zero_grad(set_to_none=True)
+                loss = loss_of(batch)
+                loss.sum().backward()
+                if memory is not None:
+                    memory.record()
+                    if penalty == "gradient":
+                        memory.add_gradient()
+                opt.step()
+                if memory is not None and penalty == "pull":
+                    memory.pull(_step_sizes(opt, parameters))
+                window.append(loss.detach() * batch.shape[-1])
+                step += 1
+                bar.update()
+                seen += batch.shape[-1]
+                if len(window) == CHECK_EVERY or step % per_epoch == 0 or step == total:
+                    summed = summed + check(step)
+                if watched and (step % every == 0 or step == total):
+                    look(step)
+                    for module in modules:
+                        module.train()
+            for history, value in zip(histories, (summed / seen).view(-1).tolist()):
+                history.loss.append(value)
     if moments is not None:
         moments.update(opt.state_dict()["state"])
 
@@ -403,7 +414,10 @@ def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> fl
         return lr / (1 - group["momentum"])
     sizes = {}
     for name, p in parameters.items():
-        state = opt.state[p]
+        state = opt.state.get(p)
+        if not state:  # it never had a gradient, so it has not moved
+            sizes[name] = torch.zeros_like(p)
+            continue
         correction = 1 - group["betas"][1] ** float(state["step"])
         sizes[name] = lr / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
     return sizes
@@ -446,6 +460,9 @@ class _Stacked:
         """Quadratic memories only: nothing watches the way."""
 
     def add_gradient(self) -> None:
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         moved = torch._foreach_sub(self.tensors, self.anchors)
         torch._foreach_addcmul_([p.grad for p in self.parameters], self.weights, moved)
 
@@ -475,6 +492,19 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
+def _check(task: Task, batch_size: int) -> None:
+    """Says in words what would otherwise fail in the middle of the training, on a GPU for the whole process."""
+    x, y = task.train.tensors
+    if not len(x):
+        raise ValueError(f"{task.name!r} has no training example; give at least one.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
+    low, high = torch.stack(y.aminmax()).tolist()
+    if low < 0 or high >= task.classes:
+        raise ValueError(f"{task.name!r} has labels from {low} to {high}, but {task.classes} classes: they must lie "
+                         f"between 0 and {task.classes - 1}.")
+
+
 def _choose(what: str, value, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(repr(a) for a in allowed)}, not {value!r}.")
@@ -492,15 +522,11 @@ def _share(data: TensorDataset) -> TensorDataset:
 
 
 def _save(path: Path, names, done: int, models, memories, matrix: Tensor, moments: dict | None) -> None:
-    """Write the state beside the file, then rename: a kill at any moment leaves a whole file."""
-    if _distributed() and dist.get_rank() != 0:
-        return
+    """A kill at any moment leaves a whole file."""
     state = {"tasks": names, "done": done, "matrix": matrix, "moments": moments,
              "models": [m.state_dict() for m in models],
              "memories": [m.state_dict() if m is not None else None for m in memories]}
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    write(state, path)
 
 
 def _restore(path: Path, names, models, memories, matrix: Tensor, moments: dict | None) -> int:
@@ -508,9 +534,19 @@ def _restore(path: Path, names, models, memories, matrix: Tensor, moments: dict 
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as problem:
         raise ValueError(f"{path} is not a readable checkpoint ({problem}); remove it to start afresh.") from problem
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of `run` but holds a {type(state).__name__}; choose another file.")
     if state.get("tasks") != names or len(state.get("models", ())) != len(models):
         raise ValueError(f"{path} belongs to another run (tasks {state.get('tasks')}, {len(state.get('models', ()))} "
                          f"models), not to this one (tasks {names}, {len(models)} models); choose another file.")
+    # All of it is looked at before anything is changed.
+    for model, saved, memory, kept in zip(models, state["models"], memories, state["memories"]):
+        if {k: v.shape for k, v in model.state_dict().items()} != {k: v.shape for k, v in saved.items()}:
+            raise ValueError(f"{path} holds a network with other parameters than this one; choose another file.")
+        if (memory is None) != (kept is None):
+            raise ValueError(f"{path} was written {'without' if kept is None else 'with'} a memory; run it that way.")
+        if memory is not None:
+            copy.deepcopy(memory).load_state_dict(kept)
     for model, saved in zip(models, state["models"]):
         model.load_state_dict(saved)
     for memory, saved in zip(memories, state["memories"]):

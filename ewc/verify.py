@@ -184,6 +184,8 @@ def _expand(label: str, lines: tuple[Any, ...]) -> list[Any]:
                 f"{label}: got {line!r}; pass both sides, not the result of comparing them with ==."
             )
         line = sp.sympify(line)
+        if line.has(sp.Float):
+            raise TypeError(f"{label}: {line} holds a decimal number, which SymPy rounds; write sp.Rational, or use close.")
         if isinstance(line, sp.Eq):
             out += [line.lhs, line.rhs]
         elif line in (sp.true, sp.false):  # what Eq(...) became when SymPy decided it at once

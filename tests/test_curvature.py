@@ -319,3 +319,25 @@ def test_models_without_sound_logits_are_named(data):
         curvature.gauss_newton(model, data)
     with pytest.raises(ValueError, match="not finite"):
         curvature.jacobian(model, data[0])
+
+
+class TwoNames(nn.Module):
+    """One parameter under two names, and both of them used."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = self.v = nn.Parameter(torch.randn(4, 4))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(((x @ self.w).tanh() @ self.v).tanh())
+
+
+def test_a_parameter_with_two_names_counts_at_both():
+    torch.manual_seed(0)
+    model, x, y = TwoNames().double(), torch.randn(7, 4).double(), torch.randint(3, (7,))
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    parameters = list(model.parameters())
+    slopes = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(s, parameters, retain_graph=True)]) for s in slopes]
+    torch.testing.assert_close(curvature.hessian(model, (x, y)), torch.stack(rows), rtol=1e-8, atol=1e-12)

@@ -847,3 +847,78 @@ def test_a_state_in_another_order_is_read_by_name():
     twin = EWC(0.0)
     twin.load_state_dict(state)
     assert torch.equal(twin.penalty(model), memory.penalty(model))
+
+
+def test_a_model_of_which_one_layer_was_converted():
+    memory, model = consolidated(), move(network())
+    twin = copy.deepcopy(model)
+    model[2].float()
+    memory.pull(model, 0.1)
+    memory.pull(twin, 0.1)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.double(), q, rtol=1e-6, atol=1e-7)
+
+
+def test_sparse_gradients_are_added_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 3))
+    x, y = torch.randint(5, (8, 2)), torch.randint(3, (8,))
+    memory = EWC(2.0)
+    memory.consolidate(model, (x, y))
+    twin = move(model)
+    F.cross_entropy(model(x), y).backward()
+    twin = copy.deepcopy(model)
+    expected = {n: p.grad.to_dense() for n, p in model.named_parameters()}
+    for (name, p), g in zip(twin.named_parameters(), torch.autograd.grad(memory.penalty(twin), list(twin.parameters()))):
+        expected[name] = expected[name] + g
+    memory.add_gradient(model)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_a_parameter_that_is_frozen_by_now_needs_no_step():
+    memory, model = consolidated(), move(network())
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    memory.pull(model, {name: torch.full_like(p, 0.1) for name, p in model.named_parameters() if p.requires_grad})
+    assert torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match="no entry for parameter '2.weight'"):
+        memory.pull(model, {"2.bias": 0.1})
+
+
+def test_states_taken_over_in_inference_mode_can_be_trained_with():
+    state, model = consolidated().state_dict(), move(network())
+    memory = EWC(0.0)
+    with torch.inference_mode():
+        memory.load_state_dict(state)
+        memory.to(torch.float64)
+    memory.penalty(model).backward()
+    assert model[0].weight.grad.norm() > 0
+
+
+def test_functional_gradients_of_the_penalty():
+    memory, model = consolidated(), move(network())
+    memory.penalty(model).backward()
+
+    def value(parameters):
+        return torch.func.functional_call(Penalised(model, memory), {f"model.{n}": p for n, p in parameters.items()}, ())
+
+    class Penalised(nn.Module):
+        def __init__(self, model, memory):
+            super().__init__()
+            self.model, self.memory = model, memory
+
+        def forward(self):
+            return self.memory.penalty(self.model)
+
+    found = torch.func.grad(value)({n: p.detach() for n, p in model.named_parameters()})
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+
+
+@pytest.mark.parametrize("damage", [{"fisher": []}, {"theta_star": None}, {"tasks": None}, {"constant": "x"}])
+def test_damaged_states_are_refused_in_words(damage):
+    memory = consolidated()
+    with pytest.raises(ValueError, match="damaged"):
+        memory.load_state_dict(memory.state_dict() | damage)
+    assert memory.tasks == 1

@@ -1155,3 +1155,145 @@ def test_labels_and_classes_may_be_bytes(classes):
     model, x, y = nn.Linear(4, 3).double(), torch.randn(8, 4).double(), torch.tensor([0, 2] * 4)
     expected = fisher.diagonal(model, (x, y), "empirical", classes=None if classes is None else [0, 2])
     assert distance(fisher.diagonal(model, (x, y.to(torch.uint8)), "empirical", classes=classes), expected) == 0
+
+
+# ---- modules in two places, batches of one, half precision -------------------------------------------
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return (x @ self.w).tanh()
+
+
+class TwoNames(nn.Module):
+    """One parameter under two names, and both of them used."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = self.v = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return ((x @ self.w).tanh() @ self.v).tanh()
+
+
+def small_model(*layers):
+    torch.manual_seed(0)
+    return nn.Sequential(*[layer() for layer in layers], nn.Linear(4, 3)).double()
+
+
+def small_data(n=9):
+    return torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))
+
+
+def test_a_module_in_two_places_stays_whole():
+    torch.manual_seed(0)
+    cell = Cell()
+    model, (x, y) = nn.Sequential(cell, cell, nn.Linear(4, 3)).double(), small_data()
+    for _ in range(2):
+        found = fisher.diagonal(model, (x, y))
+        assert type(cell.w) is nn.Parameter
+        assert distance(found, brute_force(model, x)) < 1e-10
+    F.cross_entropy(model(x), y).backward()
+    assert cell.w.grad.norm() > 0
+
+
+def test_a_parameter_with_two_names():
+    model, (x, y) = small_model(TwoNames), small_data()
+    assert distance(fisher.diagonal(model, (x, y)), brute_force(model, x)) < 1e-10
+
+
+def test_a_batch_of_one_proves_nothing_about_the_next():
+    """One example laid out position first looks like one laid out example first."""
+
+    def forward(m, x):
+        h = m.inner(x.transpose(0, 1).flatten(0, 1)).tanh()
+        return m.out(h.unflatten(0, (x.shape[1], -1)).prod(0))
+
+    torch.manual_seed(0)
+    model = Lambda(forward, inner=nn.Linear(4, 5), out=nn.Linear(5, 3)).double()
+    x, y = torch.randn(9, 3, 4).double(), torch.randint(3, (9,))
+    loader = DataLoader(TensorDataset(x, y), batch_sampler=[[0], [1, 2, 3, 4], [5, 6, 7, 8]])
+    assert distance(fisher.diagonal(model, loader), brute_force(model, x)) < 1e-10
+
+
+def test_a_batch_of_one_does_not_hide_that_examples_are_mixed():
+    model = small_model()
+    mixed = Lambda(lambda m, x: m.model(x + x.mean(0)), model=model)
+    loader = DataLoader(TensorDataset(*small_data()), batch_sampler=[[0], [1, 2, 3, 4], [5, 6, 7, 8]])
+    with pytest.raises(ValueError, match="example"):
+        fisher.diagonal(mixed, loader)
+
+
+def test_half_precision_squares_in_single():
+    """Gradients below 2e-4 have squares that half precision rounds to zero."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 4)
+    half = nn.Sequential(*layers)
+    with torch.no_grad():
+        half[-1].bias.copy_(torch.tensor([8.0, 0, 0, 0]))
+    half = half.half()
+    x, y = torch.randn(8, 1, 4, 4).half(), torch.zeros(8, dtype=torch.int64)
+    exact = fisher.diagonal(copy.deepcopy(half).double(), (x.double(), y), "empirical")
+    for name, f in fisher.diagonal(half, (x, y), "empirical").items():
+        torch.testing.assert_close(f.double().sum(), exact[name].sum(), rtol=0.02, atol=0)
+
+
+def test_complex_parameters_are_refused():
+    model = Lambda(lambda m, x: m.out((x.to(m.w.dtype) @ m.w).real), out=nn.Linear(4, 3))
+    model.w = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="'w' is complex"):
+        fisher.diagonal(model, (torch.randn(5, 4), torch.randint(3, (5,))))
+
+
+def test_a_batch_of_padding_adds_nothing():
+    torch.manual_seed(0)
+    model = nn.Conv1d(2, 3, 1).double()
+    x, y = torch.randn(4, 2, 5).double(), torch.randint(3, (4, 5))
+    y[:2] = -100
+    for estimator in DETERMINISTIC:
+        found = fisher.diagonal(model, (x, y), estimator, batch_size=2)
+        half = brute_force(model, x[2:], y[2:], estimator)  # of the examples that have labels
+        assert distance(found, {name: f / 2 for name, f in half.items()}) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_the_old_weight_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = small_data()
+    assert distance(fisher.diagonal(model, (x, y)), brute_force(model, x)) < 1e-10
+
+
+def test_an_empty_parameter_and_an_attribute_called_max_norm():
+    model, (x, y) = small_model(Cell), small_data()
+    model.placeholder, model.max_norm = nn.Parameter(torch.empty(0, dtype=torch.float64)), 1.0
+    found = fisher.diagonal(model, (x, y))
+    assert found["placeholder"].numel() == 0 and found["0.w"].sum() > 0
+
+
+def test_with_a_tolerance_the_batches_keep_to_the_budget(monkeypatch):
+    sizes, forward = [], _layers.Engine.forward
+    monkeypatch.setattr(_layers, "BUDGET", 2**12)
+    monkeypatch.setattr(_layers.Engine, "forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 3)), torch.randn(200, 200)
+    fisher.diagonal(model, (x, torch.randint(3, (200,))), tolerance=1e-2)
+    assert max(sizes) <= 32
+
+
+def test_a_buffer_made_in_inference_mode():
+    def forward(m, x):
+        m.seen = m.seen + len(x)
+        return m.out(x)
+
+    model, (x, y) = Lambda(forward, out=nn.Linear(4, 3).double()), small_data()
+    model.register_buffer("seen", torch.zeros(()))
+    with torch.inference_mode():
+        model(x)
+    before = model.seen
+    fisher.diagonal(model, (x, y))
+    assert model.seen is before and float(before) == len(x)

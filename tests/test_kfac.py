@@ -866,3 +866,79 @@ def test_a_memory_made_in_inference_mode_serves_training():
             p.add_(0.1)
     memory.penalty(model).backward()
     assert all(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("keep", ["each", "pooled"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_frozen_or_thawed_between_tasks_is_refused(keep, first):
+    model, data = build("mlp")
+    memory = KFAC(1.0, keep=keep)
+    model[0].requires_grad_(first)
+    memory.consolidate(model, data)
+    model[0].requires_grad_(not first)
+    with pytest.raises(ValueError, match="layers of a memory stay the same"):
+        memory.consolidate(model, data)
+    model[0].requires_grad_(first)
+    memory.consolidate(model, data)
+    assert memory.penalty(model).isfinite()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_the_pull_is_the_proximal_step_of_what_is_not_frozen(frozen):
+    """Against the linear system of the free entries, written out."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, CLASSES).double()
+    data = torch.randn(8, 3, dtype=F64), torch.randint(0, CLASSES, (8,))
+    memory = KFAC(5.0)
+    memory.consolidate(model, data)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    getattr(model, frozen).requires_grad_(False)
+    G, A = memory.tasks[0][""].G, memory.tasks[0][""].A
+    delta = torch.cat([model.weight, model.bias[:, None]], 1).detach() - memory._anchor("")
+    free = torch.zeros_like(delta, dtype=torch.bool)
+    free[:, 3:] = frozen == "weight"
+    free[:, :3] = frozen == "bias"
+    free = free.flatten()
+    H = 0.7 * 5.0 * torch.kron(G, A)
+    system = torch.eye(int(free.sum()), dtype=F64) + H[free][:, free]
+    expected = delta.flatten().clone()
+    expected[free] = torch.linalg.solve(system, delta.flatten()[free] - H[free][:, ~free] @ delta.flatten()[~free])
+    memory.pull(model, 0.7)
+    after = torch.cat([model.weight, model.bias[:, None]], 1).detach() - memory._anchor("")
+    torch.testing.assert_close(after.flatten(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_that_is_used_elsewhere_is_found_out_at_zero_too():
+    """A network that finds all classes alike has scores that add up to zero."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, CLASSES)
+            nn.init.zeros_(self.layer.weight)
+            nn.init.zeros_(self.layer.bias)
+
+        def forward(self, x):
+            return self.layer(x) + nn.functional.linear(x**2, self.layer.weight)
+
+    with pytest.raises(ValueError, match="does more with its weight"):
+        kfac.factors(Twice().double(), (torch.randn(6, 3, dtype=F64), torch.randint(0, CLASSES, (6,))))
+
+
+def test_a_layer_that_is_called_with_a_named_input():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, CLASSES)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    torch.manual_seed(0)
+    model = Named().double()
+    data = torch.randn(6, 3, dtype=F64), torch.randint(0, CLASSES, (6,))
+    named, plain = kfac.factors(model, data)["layer"], kfac.factors(model.layer, data)[""]
+    close(named.A, plain.A)
+    close(named.G, plain.G)

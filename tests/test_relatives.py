@@ -383,3 +383,46 @@ def test_mas_refuses_classes_that_do_not_exist(classes):
         memory.consolidate(network(), batch(), classes=classes)
     memory.consolidate(network(), batch(), classes=[1])
     assert memory.tasks == 1
+
+
+def test_l2_survives_a_model_that_it_refuses():
+    memory, model = L2(strength=1.0), nn.Linear(3, 2)
+    memory.consolidate(model)
+    with pytest.raises(ValueError, match="shape"):
+        memory.consolidate(nn.Linear(4, 2))
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert memory.penalty(model).item() == pytest.approx(3.0)
+    memory.consolidate(model)  # one spring, at the newest place
+    assert memory.fisher["weight"].eq(1).all() and memory.penalty(model) == 0
+
+
+def test_an_old_state_of_l2_keeps_one_spring():
+    memory, model = L2(strength=1.0), nn.Linear(3, 2)
+    memory.consolidate(model)
+    loaded = L2(strength=0.0)
+    loaded.load_state_dict(memory.state_dict() | {"decay": 1.0})
+    loaded.consolidate(model)
+    assert loaded.fisher["weight"].eq(1).all()
+
+
+def test_memory_aware_synapses_of_a_recurrent_network():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, x = Last().double(), torch.randn(5, 6, 3, dtype=F64)
+    memory = MemoryAwareSynapses(strength=1.0)
+    memory.consolidate(model, (x, torch.zeros(5, dtype=torch.int64)))
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for one in x:
+        grads = torch.autograd.grad(model(one[None]).square().sum(), list(model.parameters()))
+        for value, g in zip(total.values(), grads):
+            value += g.abs() / len(x)
+    for name, value in total.items():
+        close(memory.fisher[name], value)

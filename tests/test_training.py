@@ -1,15 +1,17 @@
 """Training: `fit` against a plain loop, `sweep` against `fit`, `run` against itself after a kill."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import tqdm
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from ewc import EWC, fisher, kfac, models, relatives, tasks, training
+from ewc import EWC, fisher, kfac, metrics, models, relatives, tasks, training
 
 
 @pytest.fixture(scope="module")
@@ -401,3 +403,132 @@ def test_modes_and_dropout(digits):
     training.fit(model, digits, epochs=2, watch=[digits])
     assert modes[0] is False and True in modes  # the first look comes before the first step
     assert modes.count(True) == 6
+
+
+def test_what_cannot_be_trained_on_is_said_in_words(digits):
+    x, y = digits.train.tensors
+    empty = replace(digits, train=TensorDataset(x[:0], y[:0]))
+    wrong = replace(digits, train=TensorDataset(x, y + 5))
+    for train in (training.fit, lambda m, t, **o: training.sweep([m], t, seeds=[0], **o)):
+        with pytest.raises(ValueError, match="no training example"):
+            train(net(digits), empty)
+        with pytest.raises(ValueError, match="between 0 and 9"):
+            train(net(digits), wrong)
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            train(net(digits), digits, batch_size=0)
+
+
+class TwoHeads(nn.Module):
+    """The second head has no part in the output, and so no gradient."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.body, self.other = net(task), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("penalty", ["pull", "gradient"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_head_that_is_not_in_use(digits, letters, optimizer, penalty):
+    options = {"epochs": 1, "optimizer": optimizer, "penalty": penalty, "lr": 0.01}
+    start, memory = TwoHeads(digits), EWC(10.0)
+    memory.consolidate(start, digits.train)
+    one, many, head = copy.deepcopy(start), copy.deepcopy(start), start.other.weight.clone()
+    training.fit(one, letters, memory=memory, **options)
+    training.sweep([many], letters, seeds=[0], memories=[memory], **options)
+    torch.testing.assert_close(flat(many), flat(one), rtol=1e-4, atol=1e-6)
+    assert torch.equal(one.other.weight, head)
+
+
+def test_a_layer_frozen_after_consolidating(digits, letters):
+    model, memory = net(digits), EWC(10.0)
+    memory.consolidate(model, digits.train)
+    first = next(model.parameters()).requires_grad_(False)
+    before = first.clone()
+    training.fit(model, letters, memory=memory, epochs=1, optimizer="adam", lr=0.001)
+    assert torch.equal(first, before)
+
+
+def test_a_wrapped_model_trains_with_its_memory(digits, letters):
+    model, memory = net(digits), EWC(10.0)
+    memory.consolidate(model, digits.train)
+    twin = copy.deepcopy(model)
+    options = {"epochs": 1, "optimizer": "adam", "lr": 0.001}
+    training.fit(nn.DataParallel(model), letters, memory=memory, **options)
+    training.fit(twin, letters, memory=memory, **options)
+    torch.testing.assert_close(flat(model), flat(twin))
+    training.sweep([nn.DataParallel(model)], letters, seeds=[0], memories=[memory], **options)
+
+
+def test_sweep_gives_back_the_statistics_of_batch_normalisation(digits):
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Flatten(), nn.Linear(digits.features, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+    one, many = copy.deepcopy(start), copy.deepcopy(start)
+    training.fit(one, digits, epochs=2, seed=1)
+    history, = training.sweep([many], digits, seeds=[1], epochs=2, watch=[digits])
+    for name, buffer in one.named_buffers():
+        torch.testing.assert_close(dict(many.named_buffers())[name], buffer, rtol=1e-4, atol=1e-5)
+    assert metrics.accuracy(many, digits) == history.accuracy["digits"][-1]
+
+
+def test_run_of_many_models_says_what_it_needs(digits, letters):
+    models_ = [net(digits), net(digits, 1)]
+    for model in models_:
+        model.eval()
+    with pytest.raises(ValueError, match="2 models need a list of one seed each"):
+        training.run(models_, [digits], epochs=1)
+    with pytest.raises(ValueError, match="2 models need a list of one memory each"):
+        training.run(models_, [digits], EWC(1.0), seed=[0, 1], epochs=1)
+    models_[1].train()  # modes may differ
+    assert training.run(models_, [digits, letters], seed=[0, 1], epochs=1).shape == (2, 2, 2)
+
+
+def test_a_refused_checkpoint_changes_nothing(digits, tmp_path):
+    file = tmp_path / "run.pt"
+    training.run(net(digits), [digits], EWC(1.0), checkpoint=file, epochs=1)
+    wide = models.mlp(digits.features, [16, 8], digits.classes)
+    for model, memory, words in [
+        (wide, EWC(1.0), "other parameters"),
+        (net(digits), None, "with a memory"),
+        (net(digits), relatives.SynapticIntelligence(strength=1.0), "not the state"),
+    ]:
+        before = flat(model)
+        with pytest.raises(ValueError, match=words):
+            training.run(model, [digits], memory, checkpoint=file, epochs=1)
+        assert torch.equal(flat(model), before)
+    torch.save([1, 2], file)
+    with pytest.raises(ValueError, match="holds a list"):
+        training.run(net(digits), [digits], checkpoint=file, epochs=1)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(digits, letters, tmp_path, monkeypatch):
+    file = tmp_path / "run.pt"
+    training.run(net(digits), [digits], checkpoint=file, epochs=1)
+    whole = file.read_bytes()
+
+    def half(state, target):
+        target.write(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    file.rename(tmp_path / "other.pt")
+    with pytest.raises(KeyboardInterrupt):
+        training.run(net(digits), [digits], checkpoint=file, epochs=1)
+    assert [f.name for f in tmp_path.iterdir()] == ["other.pt"] and whole == (tmp_path / "other.pt").read_bytes()
+
+
+def test_progress_is_shown_on_a_terminal_only(digits, monkeypatch):
+    made = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            made.append(options)
+            super().__init__(**options | {"disable": True})
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        training.fit(net(digits), digits, epochs=2)
+        assert made[-1]["disable"] is not terminal and made[-1]["total"] == 6 and made[-1]["delay"] >= 3

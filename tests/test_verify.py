@@ -208,3 +208,10 @@ def test_nothing_proves_nothing(nothing):
         verify.close("eq-a", nothing, nothing, rtol=1e-9)
     with pytest.raises(ValueError, match="nothing to compare"):
         verify.exact("eq-a", sp.zeros(0, 0), sp.zeros(0, 0))
+
+
+def test_decimal_numbers_are_no_proof():
+    with pytest.raises(TypeError, match="decimal number"):
+        verify.exact("eq-a", 1e16 + 1, 10**16)
+    with pytest.raises(TypeError, match="decimal number"):
+        verify.exact("eq-a", sp.Float(1e16) + 1, sp.Float(1e16))
