@@ -84,11 +84,12 @@ def test_a_page_is_outdated_with_the_page_whose_values_it_prints(tmp_path):
         ("model = models.mlp(4, [8], 2, seed=1)", ["1"]),
         ("training.sweep(tasks, seeds=range(5))", ["range(5)"]),
         ("rng = np.random.default_rng(7)", ["7"]),
+        ("f(seeds=[12, 3]); g(seeds=[3]); h(seed=range(5 if full else 1))", ["3", "12"]),
         ("x = reseeded", []),
     ],
 )
 def test_the_card_finds_the_seeds_of_a_page(code, seeds):
-    assert card.SEED.findall(code) == seeds
+    assert card.seeds(code) == seeds
 
 
 def test_the_card_says_when_there_are_local_changes(tmp_path):

@@ -403,3 +403,27 @@ def test_a_wrapped_formula_looks_the_same(page):
     ]
     assert len(glyphs[0]) >= 12
     assert glyphs[0] == glyphs[1]
+
+
+def test_words_in_a_formula_keep_their_spaces():
+    assert symbols.squeeze(r"a _ { \text{which task?} } b") == r"a_{\text{which task?}}b"
+
+
+@pytest.mark.parametrize(
+    ("body", "mended"),
+    [
+        ('<span class="pasted-text">-0.08</span> to', '<span class="pasted-text">−0.08</span> to'),
+        ('<span class="pasted-text">3.6e+07</span>', '<span class="pasted-text">3.6 × 10<sup>7</sup></span>'),
+        ('<span class="pasted-text">1e-04</span> %', '<span class="pasted-text">1 × 10<sup>−4</sup></span>\u00a0%'),
+        ('<span class="pasted-text">2-5</span>', '<span class="pasted-text">2-5</span>'),
+        ('<span class="pasted-text">five words are a sentence</span>', '<span class="pasted-text words">five words are a sentence</span>'),
+        ("<p>92 %, 5 %d</p>", "<p>92\u00a0%, 5 %d</p>"),
+        ("<pre>5 % -1 1e-04</pre>", "<pre>5 % -1 1e-04</pre>"),
+        (
+            '<span class="math notranslate nohighlight">\\(x\\)</span>, so',
+            '<span class="unbroken"><span class="math notranslate nohighlight">\\(x\\)</span>,</span> so',
+        ),
+    ],
+)
+def test_what_cells_put_into_sentences_is_set_like_them(body, mended):
+    assert website.typeset(body) == mended

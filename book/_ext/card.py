@@ -19,7 +19,13 @@ from sphinx.application import Sphinx
 
 DATA = {"mnist": "MNIST → Fashion-MNIST", "embedded": "digits → letters"}
 SHOWN = ("python", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "sympy", "matplotlib")
-SEED = re.compile(r"(?:manual_seed|default_rng|\bseeds?)\s*(?:=|\()\s*(range\([^)]*\)|\[[\d, ]*\]|\d+)")
+SEED = re.compile(r"(?:manual_seed|default_rng|\bseeds?)\s*(?:=|\()\s*(range\(\d+\)|\[[\d, ]*\]|\d+)")
+
+
+def seeds(code: str) -> list[str]:
+    """Every seed that the code sets, once, lists taken apart; what is not written as a number is not told."""
+    found = {n for seed in SEED.findall(code) for n in ([seed] if seed[0] == "r" else re.findall(r"\d+", seed))}
+    return sorted(found, key=lambda seed: (seed[0] == "r", len(seed), seed))
 
 
 def git(root: Path, *words: str) -> str:
@@ -52,13 +58,12 @@ def facts(app: Sphinx, page: str, notebook: nbformat.NotebookNode) -> dict[str, 
     if not record.exists():
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps({"commit": commit(Path(app.srcdir))}))
-    seeds = sorted(set(SEED.findall(code)))
     runtime = NbMetadataCollector.get_exec_data(app.env, page)["runtime"]
     return {
         "Data": DATA[app.ewc_settings["data"]],
         "Scale": app.ewc_settings["scale"],
         "Device": app.ewc_settings["device"],
-        "Seeds": ", ".join(seeds) or "none set on this page",
+        "Seeds": ", ".join(seeds(code)) or "none set on this page",
         "Versions": ", ".join(f"{name} {app.ewc_versions[name]}" for name in SHOWN if name in app.ewc_versions),
         "Wall time": f"{runtime:.1f} s",
         "Commit": json.loads(record.read_text())["commit"],

@@ -51,10 +51,14 @@ WORDS = {"\\" + name for name in WORDS.split()}
 FONTS = {"\\" + name for name in FONTS.split()}
 
 
+# A token, or a phrase of words, whose spaces count.
+WORDED = re.compile(r"\\(?:text\w*|mbox)\s*\{[^{}]*\}|" + TOKEN.pattern, TOKEN.flags)
+
+
 def squeeze(tex):
     """The LaTeX without the spaces that do not matter, and with one form of the star."""
     out = ""
-    for token in TOKEN.findall(tex):
+    for token in WORDED.findall(tex):
         if not token.isspace():
             out += " " * (token.isalpha() and bool(re.search(r"\\[A-Za-z]+$", out))) + token
     return re.sub(r"\\(ast|star)(?![A-Za-z])", "*", out)

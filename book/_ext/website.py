@@ -86,6 +86,24 @@ def check_alternatives(app: Sphinx, doctree: nodes.document, page: str) -> None:
             )
 
 
+def pasted(found: re.Match) -> str:
+    """A glued value as the book sets it: a minus is no hyphen, a power of ten no e, and a sentence is not bold."""
+    text = re.sub(r"(?<![\w.])-(?=\d)", "−", found[1])
+    text = re.sub(r"(\d)e([+-])0*(\d+)", lambda e: f"{e[1]} × 10<sup>{'−' * (e[2] == '-')}{e[3]}</sup>", text)
+    return f'<span class="pasted-text{" words" * (len(text.split()) > 4)}">{text}</span>'
+
+
+def typeset(body: str) -> str:
+    """Glued values in the book's typography, and no line that begins with a % or a comma; code and drawings as they are."""
+    parts = re.split(r"(<pre.*?</pre>|<svg.*?</svg>|<script.*?</script>)", body, flags=re.DOTALL)
+    formula = r'(<span class="math notranslate nohighlight">[^<]*</span>)([,.;:!?)\]”’]+)'
+    for k in range(0, len(parts), 2):
+        text = re.sub(r'<span class="pasted-text">(.*?)</span>', pasted, parts[k])
+        text = re.sub(r"(\d|\d</span>|</sup></span>) %(?!\w)", "\\1\u00a0%", text)
+        parts[k] = re.sub(formula, r'<span class="unbroken">\1\2</span>', text)
+    return "".join(parts)
+
+
 def accessible(body: str) -> str:
     """Mend labels that hide the visible words, formulas that only a mouse can scroll, and links in what unfolds a step."""
     body = body.replace(' aria-label="Toggle hidden content"', "")
@@ -96,7 +114,7 @@ def accessible(body: str) -> str:
 
 def finish_page(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
     """Mend the page's HTML and load the script of an interactive figure where there is one."""
-    context["body"] = body = accessible(context.get("body", ""))
+    context["body"] = body = typeset(accessible(context.get("body", "")))
     for kind in sorted(set(re.findall(r'<div class="explorable (\w+)">', body))):
         app.add_js_file(f"{kind}.js", loading_method="defer")
 

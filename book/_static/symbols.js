@@ -149,6 +149,7 @@
     if (!inside.length) return;
     event.preventDefault();
     at = at < 0 && step < 0 ? inside.length - 1 : (at + step + inside.length) % inside.length;
+    inside[at].scrollIntoView({ block: "nearest", inline: "nearest" }); // in a formula that is wider than its column
     show(inside[at]);
   });
   document.addEventListener("focusin", () => { at = -1; });

@@ -65,7 +65,7 @@
     });
   };
   const NAMES = { none: "no penalty", l2: "L2", ewc: "EWC" };
-  const number = v => v >= 100 ? v.toFixed(0) : v.toPrecision(2);
+  const number = v => v >= 100 ? Number(v.toPrecision(3)).toLocaleString("en-GB") : v.toPrecision(2);
   const describe = (data, strength) => {
     const loss = v => v < 0.0005 ? "0" : number(v);
     const cost = method => {
@@ -82,7 +82,7 @@
   }
 
   // Drawing
-  const WIDTH = 640, HEIGHT = 420;
+  const [WIDTH, HEIGHT] = innerWidth < 600 ? [380, 300] : [640, 420]; // on a phone letters and handle keep their size
   const element = (name, attributes, text) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -153,7 +153,7 @@
         let row = y - 12; // a name gives way to those already written
         while (taken.some(([u, v]) => Math.abs(u - x) < 90 && Math.abs(v - row) < 16)) row -= 16;
         taken.push([x, row]);
-        name.setAttribute("x", Math.min(x + 10, WIDTH - 90).toFixed(1));
+        name.setAttribute("x", Math.min(x + 10, WIDTH - 100).toFixed(1));
         name.setAttribute("y", row.toFixed(1));
       }
       const [x, y] = toScreen(start);
