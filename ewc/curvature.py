@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from ewc._layers import places
-from ewc.fisher import _blocks, _length, progress
+from ewc.fisher import _blocks, _length, _progress
 
 __all__ = [
     "blocks",
@@ -320,7 +320,7 @@ def _check_size(elements: int, theta: Tensor, what: str) -> None:
 
 def batches(data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and labels of a pair of tensors, a dataset or a loader, part by part."""
-    with progress("Curvature", _length(data), "examples") as bar:
+    with _progress("Curvature", _length(data), "examples") as bar:
         for x, y in _blocks(data):
             for part in zip(x.split(batch_size), y.split(batch_size)):
                 yield part

@@ -307,7 +307,7 @@ class EWC:
 
         In an initialised process group only rank 0 writes.
         """
-        write(self.state_dict(), path)
+        _write(self.state_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str | None = None) -> EWC:
@@ -370,7 +370,7 @@ class EWC:
         return found
 
 
-def write(state: dict, path: str | os.PathLike) -> None:
+def _write(state: dict, path: str | os.PathLike) -> None:
     """Writes ``state`` beside ``path``, to the disk, then renames; in a process group on rank 0 only."""
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized() and dist.get_rank():
@@ -404,10 +404,10 @@ class _Quadratic(torch.autograd.Function):
         delta = torch._foreach_sub(theta, star)
         pulls = [f * d for f, d in zip(fisher, delta)]
         halves = [
-            torch.dot(pull.flatten(), d.to(pull.dtype).flatten())
+            torch.dot(pull.flatten(), d.to(pull.dtype).flatten()).to(theta[0].device)
             for pull, d in zip(pulls, delta)
         ]
-        return 0.5 * torch.stack([half.to(halves[0].device) for half in halves]).sum()
+        return 0.5 * torch.stack(halves).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -96,7 +96,7 @@ def diagonal(
         raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
 
     model = unwrap(model)
-    with _untouched(model), progress("Fisher", _length(data), "examples") as bar:
+    with _untouched(model), _progress("Fisher", _length(data), "examples") as bar:
         engine = _layers.Engine(model, batch_size)
         for x, y in _blocks(data):
             x, y = engine.to_model(x), y.to(engine.device)
@@ -414,7 +414,7 @@ def _cudnn(recurrent: bool) -> Iterator[None]:
         cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
-def progress(what: str, total: int | None, unit: str) -> tqdm.tqdm:
+def _progress(what: str, total: int | None, unit: str) -> tqdm.tqdm:
     """A progress bar, on a terminal only and only after three seconds."""
     return tqdm.tqdm(total=total, desc=what, unit=f" {unit}", delay=3, leave=False, disable=not sys.stderr.isatty())
 

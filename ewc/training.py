@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from . import curvature
-from .elastic import write
-from .fisher import progress, unwrap
+from .elastic import _write
+from .fisher import _progress, unwrap
 from .metrics import accuracy
 from .tasks import Task
 
@@ -369,7 +369,7 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
     if watched:
         look(0)
     step = 0
-    with progress("Training", total, "steps") as bar:
+    with _progress("Training", total, "steps") as bar:
         for epoch in range(math.ceil(total / per_epoch)):
             summed, seen = 0.0, 0
             for batch in orders(epoch).split(batch_size, dim=-1)[: total - step]:
@@ -526,7 +526,7 @@ def _save(path: Path, names, done: int, models, memories, matrix: Tensor, moment
     state = {"tasks": names, "done": done, "matrix": matrix, "moments": moments,
              "models": [m.state_dict() for m in models],
              "memories": [m.state_dict() if m is not None else None for m in memories]}
-    write(state, path)
+    _write(state, path)
 
 
 def _restore(path: Path, names, models, memories, matrix: Tensor, moments: dict | None) -> int:

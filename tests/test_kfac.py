@@ -942,3 +942,10 @@ def test_a_layer_that_is_called_with_a_named_input():
     named, plain = kfac.factors(model, data)["layer"], kfac.factors(model.layer, data)[""]
     close(named.A, plain.A)
     close(named.G, plain.G)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_needs_an_example(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        kfac.factors(*build("mlp"), batch_size=batch_size)
+    assert kfac.factors(*build("mlp"), batch_size=1).keys() == {"0", "2"}

@@ -426,3 +426,12 @@ def test_memory_aware_synapses_of_a_recurrent_network():
             value += g.abs() / len(x)
     for name, value in total.items():
         close(memory.fisher[name], value)
+
+
+def test_memory_aware_synapses_need_one_output():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match="returned a tuple: it must return one tensor"):
+        MemoryAwareSynapses(strength=1.0).consolidate(Pair(3, 2), (torch.randn(4, 3), torch.zeros(4)))

@@ -532,3 +532,21 @@ def test_progress_is_shown_on_a_terminal_only(digits, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
         training.fit(net(digits), digits, epochs=2)
         assert made[-1]["disable"] is not terminal and made[-1]["total"] == 6 and made[-1]["delay"] >= 3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_rate_falls_along_torchs_cosine(digits, optimizer):
+    model, twin = net(digits), net(digits)
+    training.fit(model, digits, epochs=2, lr=0.01, optimizer=optimizer, seed=3)
+    x, y = digits.train.tensors
+    make = {"sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, 0.01)}
+    descent = make[optimizer](twin.parameters())
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=2 * 3)
+    order = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        for batch in torch.randperm(len(x), generator=order).split(128):
+            descent.zero_grad()
+            cross_entropy(twin(x[batch]), y[batch]).backward()
+            descent.step()
+            rate.step()
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-5)
