@@ -212,17 +212,13 @@ def sweep(
 
     def evaluate() -> list[dict[str, float]]:
         rows = [{} for _ in models]
-        modes = [m.training for m in base.modules()]
-        base.eval()
-        with torch.no_grad():
+        with curvature.evaluating(base), torch.no_grad():
             for t in watch:
                 xt, yt = t.test.tensors
                 hits = sum((t.masked(logits(a, None), b).argmax(-1) == b).sum(1)
                            for a, b in zip(xt.split(1000), yt.split(1000)))
                 for row, hit in zip(rows, hits.tolist()):
                     row[t.name] = hit / len(xt)
-        for module, mode in zip(base.modules(), modes):
-            module.training = mode
         return rows
 
     histories = [History() for _ in models]
