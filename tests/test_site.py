@@ -356,6 +356,10 @@ def test_search_finds_a_page(server, browser):
     tab = open_page(browser, server, "search.html?q=fisher")
     tab.locator("#search-results li").first.wait_for()
     assert tab.locator("#search-results li a").count() > 0
+    tab.locator("#search-results .context").first.wait_for()
+    tab.wait_for_load_state("networkidle")
+    shown = tab.locator("#search-results").inner_text()
+    assert "Fisher" in shown and "\\class{" not in shown and "Contents" not in shown
 
 
 def test_what_is_not_found_says_so_and_leads_back(site, server, browser):

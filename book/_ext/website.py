@@ -113,7 +113,9 @@ def accessible(body: str) -> str:
 
 
 def finish_page(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
-    """Mend the page's HTML and load the script of an interactive figure where there is one."""
+    """Mend the page's HTML and load the script of an interactive figure, or of the search page, where it belongs."""
+    if page == "search":
+        app.add_js_file("results.js", loading_method="defer")
     context["body"] = body = typeset(accessible(context.get("body", "")))
     for kind in sorted(set(re.findall(r'<div class="explorable (\w+)">', body))):
         app.add_js_file(f"{kind}.js", loading_method="defer")
