@@ -352,6 +352,14 @@ def test_a_page_is_read_with_the_keyboard_alone(site, server, browser):
     assert any("primary-toggle" in name for name in reached)
 
 
+def test_formulas_that_were_never_in_view_can_be_printed(server, browser):
+    """Paper does not wait for a font; and from the dark theme, too, it stays white."""
+    tab = open_page(browser, server, "book/limits.html")
+    tab.wait_for_function("[...document.fonts].some(f => /MJXTEX-I\\b/.test(f.family) && f.status === 'loaded')")
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert tab.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
+
+
 def test_search_finds_a_page(server, browser):
     tab = open_page(browser, server, "search.html?q=fisher")
     tab.locator("#search-results li").first.wait_for()

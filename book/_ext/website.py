@@ -137,6 +137,7 @@ def share_handlers(app: Sphinx) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_css_file("icons.css", priority=890)
     app.add_css_file("book.css", priority=900)
+    app.add_js_file("print.js", loading_method="defer")
     app.connect("builder-inited", share_handlers)
     CodeBlockAnalyser.depart_section = leave_section
     app.connect("doctree-resolved", check_alternatives)
