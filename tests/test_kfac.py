@@ -949,3 +949,12 @@ def test_a_batch_needs_an_example(batch_size):
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         kfac.factors(*build("mlp"), batch_size=batch_size)
     assert kfac.factors(*build("mlp"), batch_size=1).keys() == {"0", "2"}
+
+
+def test_convolutions_are_measured_in_full_precision():
+    """Not in TF32, cuDNN's default; the setting is as before afterwards."""
+    model, data = build("convolution")
+    seen, before = set(), torch.backends.cudnn.conv.fp32_precision
+    model[0].register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.conv.fp32_precision))
+    kfac.factors(model, data)
+    assert seen == {"ieee"} and torch.backends.cudnn.conv.fp32_precision == before
