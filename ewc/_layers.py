@@ -58,6 +58,11 @@ def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     }
 
 
+def recurrent(model: nn.Module) -> bool:
+    """Whether there is a layer that writes in place into states, which vmap takes for shared unless weights are batched."""
+    return any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+
+
 # ---- recording ------------------------------------------------------------------------------------------------------
 
 
@@ -545,8 +550,7 @@ class Engine:
             grads = vmap(vjp(f, params)[1])(columns)[0]
             return {n: g.to(accumulator(g.dtype)).square().sum(0) for n, g in grads.items()}
 
-        # Recurrent layers write in place into states that vmap takes for shared, unless the weights are batched too.
-        batched = any(isinstance(layer, nn.RNNBase) for layer in self.model.modules())
+        batched = recurrent(self.model)
         size = max(1, sum(p.numel() for p in params.values()))
         across = max(1, min(len(vectors), 4 * self.budget // size))
         along = max(1, 4 * self.budget // (size * across))

@@ -387,8 +387,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     ]
     try:
         model.eval()
-        recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
-        with torch.inference_mode(False), torch.enable_grad(), _cudnn(recurrent):
+        with torch.inference_mode(False), torch.enable_grad(), _cudnn(_layers.recurrent(model)):
             yield
     finally:
         for module, training in modes:

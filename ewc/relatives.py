@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
+from ewc._layers import recurrent
 from ewc.elastic import EWC
 from ewc.fisher import class_index, unwrap
 
@@ -253,8 +254,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     }
     count = torch.zeros((), dtype=torch.int64, device=first.device)
     chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once
-    # Recurrent layers write in place into states that vmap takes for shared, unless the weights are batched too.
-    batched = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+    batched = recurrent(model)
     with curvature.evaluating(model):
         for x, _ in curvature.batches(data, chunk):
             for part in curvature.like(x, first).split(chunk):

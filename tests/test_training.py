@@ -32,17 +32,22 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_fit_is_the_plain_loop(digits):
-    model, twin = net(digits), net(digits)
-    training.fit(model, digits, epochs=2, lr=0.05, schedule=None, seed=3)
-    x, y = digits.train.tensors
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
+def plain_loop(model, task, optimizer, after_step=lambda: None):
+    """Two epochs as anybody would write them."""
+    x, y = task.train.tensors
     order = torch.Generator().manual_seed(3)
     for _ in range(2):
         for batch in torch.randperm(len(x), generator=order).split(128):
             optimizer.zero_grad()
-            cross_entropy(twin(x[batch]), y[batch]).backward()
+            cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
+            after_step()
+
+
+def test_fit_is_the_plain_loop(digits):
+    model, twin = net(digits), net(digits)
+    training.fit(model, digits, epochs=2, lr=0.05, schedule=None, seed=3)
+    plain_loop(twin, digits, torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9))
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
 
 
@@ -538,15 +543,8 @@ def test_progress_is_shown_on_a_terminal_only(digits, monkeypatch):
 def test_the_rate_falls_along_torchs_cosine(digits, optimizer):
     model, twin = net(digits), net(digits)
     training.fit(model, digits, epochs=2, lr=0.01, optimizer=optimizer, seed=3)
-    x, y = digits.train.tensors
     make = {"sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, 0.01)}
     descent = make[optimizer](twin.parameters())
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=2 * 3)
-    order = torch.Generator().manual_seed(3)
-    for _ in range(2):
-        for batch in torch.randperm(len(x), generator=order).split(128):
-            descent.zero_grad()
-            cross_entropy(twin(x[batch]), y[batch]).backward()
-            descent.step()
-            rate.step()
+    plain_loop(twin, digits, descent, after_step=rate.step)
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-5)
