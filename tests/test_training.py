@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from benchmarks.training import epoch_by_hand
 from ewc import EWC, fisher, kfac, metrics, models, relatives, tasks, training
 
 
@@ -48,6 +49,13 @@ def test_fit_is_the_plain_loop(digits):
     model, twin = net(digits), net(digits)
     training.fit(model, digits, epochs=2, lr=0.05, schedule=None, seed=3)
     plain_loop(twin, digits, torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9))
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
+
+
+def test_the_epoch_that_the_benchmark_writes_by_hand_is_that_of_fit(digits):
+    model, twin = net(digits), net(digits)
+    epoch_by_hand(model, digits, lr=0.05)
+    training.fit(twin, digits, epochs=1, lr=0.05, schedule=None)
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
 
 
