@@ -53,7 +53,7 @@ def blocks(model: nn.Module, by: str = "parameter") -> dict[str, slice]:
         name -> slice of ``range(P)``, in the order of the matrices.
     """
     if by not in ("parameter", "layer"):
-        raise ValueError(f"unknown grouping {by!r}: use 'parameter' or 'layer'.")
+        raise ValueError(f"Unknown grouping {by!r}: use 'parameter' or 'layer'.")
     found, start = {}, 0
     for name, parameter in _trainable(model).items():
         key = name if by == "parameter" else name.rpartition(".")[0]
@@ -67,7 +67,7 @@ def vector(model: nn.Module, named: dict[str, Tensor]) -> Tensor:
     """A dict of name -> tensor, such as a Fisher diagonal, as one vector (P,) in the matrices' order."""
     missing = [name for name in _trainable(model) if name not in named]
     if missing:
-        raise KeyError(f"no value for the parameter {missing[0]!r}: give one tensor per trainable parameter.")
+        raise KeyError(f"No value for the parameter {missing[0]!r}: give one tensor per trainable parameter.")
     return torch.cat([named[name].reshape(-1) for name in _trainable(model)])
 
 
@@ -82,7 +82,8 @@ def softmax_fisher(logits: Tensor) -> Tensor:
     Returns:
         (..., C, C), positive semi-definite, with rows that sum to 0.
 
-    Source: Martens, "New insights and perspectives on the natural gradient method" (JMLR 2020).
+    References:
+        Martens, *New insights and perspectives on the natural gradient method* (JMLR 2020).
 
     Implements: eq-softmax-fisher
     """
@@ -148,8 +149,9 @@ def gauss_newton(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Te
     Raises:
         ValueError: the matrix would be larger than 2 GiB, the data is empty or a label out of range.
 
-    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent" (2002);
-    Martens, "New insights and perspectives on the natural gradient method" (JMLR 2020).
+    References:
+        Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent* (2002);
+        Martens, *New insights and perspectives on the natural gradient method* (JMLR 2020).
 
     Implements: eq-ggn
     """
@@ -213,8 +215,9 @@ def full_fisher(
     Raises:
         ValueError: an unknown estimator, a matrix larger than 2 GiB, empty data or a label out of range.
 
-    Source: Kunstner, Balles and Hennig, "Limitations of the empirical Fisher approximation for natural gradient
-    descent" (NeurIPS 2019).
+    References:
+        Kunstner, Balles and Hennig, *Limitations of the empirical Fisher approximation for natural gradient
+        descent* (NeurIPS 2019).
 
     Implements: eq-full-fisher
     """
@@ -268,7 +271,7 @@ def score_columns(
     elif estimator == "argmax":
         labels = p.argmax(1)
     elif estimator != "empirical":
-        raise ValueError(f"unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}.")
+        raise ValueError(f"Unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}.")
     return _label_minus_p(labels, p).unsqueeze(0)
 
 
@@ -289,7 +292,7 @@ def _flat(model: nn.Module):
     """The flat parameter vector θ (P,) and the function (θ, x) -> logits."""
     trainable = _trainable(model)
     if not trainable:
-        raise ValueError("the model has no trainable parameter: there is nothing to differentiate.")
+        raise ValueError("The model has no trainable parameter: there is nothing to differentiate.")
     theta = torch.cat([p.detach().reshape(-1) for p in trainable.values()])
     where = places(model)
 
@@ -331,7 +334,7 @@ def collect(data, theta: Tensor) -> tuple[Tensor, Tensor]:
     """All inputs and labels, on the device and in the type of θ."""
     pairs = list(batches(data, 1024))
     if not pairs:
-        raise ValueError("the data holds no example: at least one is needed.")
+        raise ValueError("The data holds no example: at least one is needed.")
     x, y = (torch.cat(parts) for parts in zip(*pairs))
     return like(x, theta), whole(y, theta)
 
@@ -339,7 +342,7 @@ def collect(data, theta: Tensor) -> tuple[Tensor, Tensor]:
 def whole(y: Tensor, theta: Tensor) -> Tensor:
     """Labels as torch's losses and indices want them, on the device of θ."""
     if y.is_floating_point():
-        raise ValueError("the labels are floating-point numbers: give one integer per example.")
+        raise ValueError("The labels are floating-point numbers: give one integer per example.")
     return y.to(theta.device, torch.int64)
 
 
@@ -354,18 +357,18 @@ def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Ten
 def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
     """The logits, if they are finite, (N, C), and the labels, if given, each name one of the C classes."""
     if not isinstance(logits, Tensor):
-        raise ValueError(f"the model returned a {type(logits).__name__}: it must return the logits, one tensor.")
+        raise ValueError(f"The model returned a {type(logits).__name__}: it must return the logits, one tensor.")
     if logits.ndim != 2 or len(logits) != examples:
         raise ValueError(
-            f"the model returns shape {tuple(logits.shape)} for {examples} examples: logits (N, C) needed."
+            f"The model returns shape {tuple(logits.shape)} for {examples} examples: logits (N, C) needed."
         )
     if y is not None and (y.ndim != 1 or y.min() < 0 or y.max() >= logits.shape[1]):
         raise ValueError(
-            f"labels of shape {tuple(y.shape)} from {y.min()} to {y.max()} for {logits.shape[1]} classes: "
+            f"Labels of shape {tuple(y.shape)} from {y.min()} to {y.max()} for {logits.shape[1]} classes: "
             f"give one integer from 0 to {logits.shape[1] - 1} per example."
         )
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: check its weights and the scale of the inputs.")
+        raise ValueError("The model's logits are not finite: check its weights and the scale of the inputs.")
     return logits
 
 

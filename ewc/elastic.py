@@ -119,8 +119,8 @@ class EWC:
             classes: the classes that the softmax runs over, for a head chosen by task; all of them if not given.
 
         Raises:
-            ValueError: what `fisher.diagonal` raises; a model or Fisher that does not match what is stored; nothing
-                to protect. The memory is then as it was.
+            ValueError: what `fisher.diagonal` raises; a model or Fisher that does not match what is stored; weights
+                that are not finite; nothing to protect. The memory is then as it was.
             TypeError: data or a Fisher of another kind.
 
         Implements: eq-online, eq-sum-of-quadratics
@@ -142,6 +142,8 @@ class EWC:
             if name not in fisher and name not in self.fisher:
                 continue
             theta = p.detach()
+            if not theta.isfinite().all():
+                raise ValueError(f"Parameter {name!r} is not finite: an anchor has to be; go back to sound weights.")
             if name in fisher:
                 f = fisher[name].detach().to(p.device)
             else:

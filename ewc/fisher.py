@@ -359,12 +359,17 @@ def _blocks(data) -> Iterator[tuple[Tensor, Tensor]]:
             yield x, y
 
 
+def _add_over_processes(*totals: Tensor) -> None:
+    """Replaces each tensor by its sum over the processes of the group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for total in totals:
+            torch.distributed.all_reduce(total)
+
+
 def _mean(engine: _layers.Engine) -> dict[str, Tensor]:
     """Sums divided by the count, both over all the processes of the group."""
     count = torch.tensor(engine.count, dtype=torch.int64, device=engine.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for total in (count, *engine.totals.values()):
-            torch.distributed.all_reduce(total)
+    _add_over_processes(count, *engine.totals.values())
     fisher = {name: total / count for name, total in engine.totals.items()}
     counted, *finite = _layers.numbers([count > 0, *(torch.isfinite(value).all() for value in fisher.values())])
     if not counted:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc.fisher import _cudnn, class_index, unwrap
+from ewc.fisher import _cudnn, _add_over_processes, class_index, unwrap
 
 __all__ = ["KFAC", "Factors", "factors"]
 
@@ -84,14 +84,15 @@ def factors(
             labels out of range, logits that are not finite.
         TypeError: data of another kind.
 
-    Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature"
-    (2015); Grosse and Martens (2016) for convolutions; Eschenhagen et al., "Kronecker-factored approximate
-    curvature for modern neural network architectures" (2023) for expand and reduce.
+    References:
+        Martens and Grosse, *Optimizing neural networks with Kronecker-factored approximate curvature* (2015);
+        Grosse and Martens (2016) for convolutions; Eschenhagen et al., *Kronecker-factored approximate
+        curvature for modern neural network architectures* (2023) for expand and reduce.
 
     Implements: eq-kfac-factors
     """
     if setting not in SETTINGS:
-        raise ValueError(f"unknown setting {setting!r}: use 'expand' or 'reduce'.")
+        raise ValueError(f"Unknown setting {setting!r}: use 'expand' or 'reduce'.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
     model = unwrap(model)
@@ -133,11 +134,9 @@ def factors(
                     total.G.addmm_(d.T.to(kind), d.to(kind))
             counts += torch.tensor([len(x), *map(len, inputs)])
     counts = counts.to(weight.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for total in (counts, *(matrix for pair in sums.values() for matrix in pair)):
-            torch.distributed.all_reduce(total)
+    _add_over_processes(counts, *(matrix for pair in sums.values() for matrix in pair))
     if not counts[0]:
-        raise ValueError("the data holds no example: the factors are means over at least one.")
+        raise ValueError("The data holds no example: the factors are means over at least one.")
     return {name: Factors(A / rows, G / counts[0]) for (name, (A, G)), rows in zip(sums.items(), counts[1:])}
 
 
@@ -169,8 +168,9 @@ class KFAC:
         count: how many tasks have been consolidated.
         theta_star: parameter name -> θ*, the newest optimum.
 
-    Source: Ritter, Botev and Barber, "Online structured Laplace approximations for overcoming catastrophic
-    forgetting" (NeurIPS 2018).
+    References:
+        Ritter, Botev and Barber, *Online structured Laplace approximations for overcoming catastrophic
+        forgetting* (NeurIPS 2018).
 
     Implements: eq-kfac-penalty
     """
@@ -197,12 +197,12 @@ class KFAC:
         """
         if estimator not in curvature.ESTIMATORS:
             raise ValueError(
-                f"unknown estimator {estimator!r}: use one of {', '.join(curvature.ESTIMATORS)}."
+                f"Unknown estimator {estimator!r}: use one of {', '.join(curvature.ESTIMATORS)}."
             )
         if setting not in SETTINGS:
-            raise ValueError(f"unknown setting {setting!r}: use 'expand' or 'reduce'.")
+            raise ValueError(f"Unknown setting {setting!r}: use 'expand' or 'reduce'.")
         if keep not in KEEP:
-            raise ValueError(f"unknown way to keep the factors, {keep!r}: use 'each' or 'pooled'.")
+            raise ValueError(f"Unknown way to keep the factors, {keep!r}: use 'each' or 'pooled'.")
         self.strength = strength
         self.estimator, self.setting, self.keep, self.generator = estimator, setting, keep, generator
         self.count = 0
@@ -252,7 +252,7 @@ class KFAC:
             now = _kronecker_layers(model)
             if now.keys() != self.tasks[0].keys():
                 raise ValueError(
-                    f"the memory holds the layers {list(self.tasks[0])}, and {list(now)} are trainable: the layers of "
+                    f"The memory holds the layers {list(self.tasks[0])}, and {list(now)} are trainable: the layers of "
                     "a memory stay the same. Freeze and unfreeze as at the first task, or use EWC."
                 )
         new = factors(
@@ -359,7 +359,7 @@ class KFAC:
         if not isinstance(state, Mapping) or set(state) != set(expected):
             found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"this is not the state of a KFAC memory: expected {sorted(expected)}, found {found}."
+                f"This is not the state of a KFAC memory: expected {sorted(expected)}, found {found}."
             )
         new = KFAC(
             state["strength"],
@@ -397,7 +397,7 @@ class KFAC:
             if name not in have or have[name].shape != star.shape or have[name].device != star.device:
                 found = f"{tuple(have[name].shape)} on {have[name].device}" if name in have else "none"
                 raise ValueError(
-                    f"the memory holds {name!r} of shape {tuple(star.shape)} on {star.device}, the model has "
+                    f"The memory holds {name!r} of shape {tuple(star.shape)} on {star.device}, the model has "
                     f"{found}: use the model that was consolidated, and memory.to(device)."
                 )
         return {name: model.get_submodule(name) for name in (self.tasks[0] if self.tasks else ())}
@@ -456,7 +456,7 @@ def _among(classes: Sequence[int], logits: Tensor, y: Tensor) -> tuple[Tensor, T
     chosen = class_index(classes, logits)
     same = y[:, None] == chosen
     if not same.any(1).all():
-        raise ValueError(f"some labels are outside the classes given: {chosen.tolist()}.")
+        raise ValueError(f"Some labels are outside the classes given: {chosen.tolist()}.")
     return logits[:, chosen], same.int().argmax(1)
 
 
@@ -468,7 +468,7 @@ def _kronecker_layers(model: nn.Module) -> dict[str, nn.Module]:
         trainable = [key for key, p in own.items() if p.requires_grad]
         if not trainable:
             continue
-        what = f"layer {name!r} ({type(module).__name__})"
+        what = f"Layer {name!r} ({type(module).__name__})"
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or not set(own) <= {"weight", "bias"}:
             raise ValueError(
                 f"{what} has no Kronecker form: K-FAC covers Linear and Conv2d. Freeze its parameters "
@@ -487,7 +487,7 @@ def _kronecker_layers(model: nn.Module) -> dict[str, nn.Module]:
                 )
         layers[name] = module
     if not layers:
-        raise ValueError("the model has no trainable parameter: there is nothing to measure.")
+        raise ValueError("The model has no trainable parameter: there is nothing to measure.")
     return layers
 
 
@@ -515,7 +515,7 @@ def _recorded(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[tuple[Ten
 def _one_output(name: str, layer: nn.Module, record: list[tuple[Tensor, Tensor]]) -> Tensor:
     if len(record) != 1:
         raise ValueError(
-            f"layer {name!r} ({type(layer).__name__}) ran {len(record)} times in one pass; K-FAC needs "
+            f"Layer {name!r} ({type(layer).__name__}) ran {len(record)} times in one pass; K-FAC needs "
             "it to run once, through its own forward. Freeze it or use EWC."
         )
     return record[0][1]
@@ -542,7 +542,7 @@ def _by_example(name: str, x: Tensor, examples: int) -> Tensor:
     """(N, ..., features) as (N, positions, features)."""
     if len(x) != examples:
         raise ValueError(
-            f"layer {name!r} sees shape {tuple(x.shape)} for {examples} examples: setting 'reduce' needs the "
+            f"Layer {name!r} sees shape {tuple(x.shape)} for {examples} examples: setting 'reduce' needs the "
             "examples on the first axis. Use 'expand'."
         )
     return x.reshape(examples, -1, x.shape[-1])
@@ -561,7 +561,7 @@ def _rehearse(layers, records, logits: Tensor) -> None:
         error, slack = (product - gradient.flatten(1)).norm(), torch.finfo(gradient.dtype).eps ** 0.5
         if not error <= slack * gradient.norm():
             raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) does more with its weight than multiply its "
+                f"Layer {name!r} ({type(layer).__name__}) does more with its weight than multiply its "
                 "input, so it has no Kronecker form. Freeze it or use EWC."
             )
 

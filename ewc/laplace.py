@@ -56,7 +56,8 @@ class Laplace:
 
         :math:`\log Z \approx \log p(\theta^*) + \tfrac d2 \log 2\pi - \tfrac12 \log|\Lambda|`
 
-        Source: MacKay, "Information Theory, Inference, and Learning Algorithms" (2003), chapter 27.
+        References:
+            MacKay, *Information Theory, Inference, and Learning Algorithms* (2003), chapter 27.
 
         Implements: eq-laplace-evidence
         """
@@ -73,7 +74,7 @@ class Laplace:
             ValueError: points of another number of dimensions d.
         """
         if theta.shape[theta.ndim - self.mode.ndim :] != self.mode.shape:
-            raise ValueError(f"the points have shape {tuple(theta.shape)}: (..., {self.mode.numel()}) is needed.")
+            raise ValueError(f"The points have shape {tuple(theta.shape)}: (..., {self.mode.numel()}) is needed.")
         lower = self._cholesky()
         scaled = (theta - self.mode).reshape(-1, len(lower)) @ lower
         log_prob = (
@@ -117,19 +118,20 @@ def fit(log_density: Callable[[Tensor], Tensor], start: Tensor | float) -> Lapla
         RuntimeError: no mode was reached, or the precision there is not positive definite (names the
             eigenvalue).
 
-    Source: Laplace (1774); MacKay, "A practical Bayesian framework for backpropagation networks" (1992).
+    References:
+        Laplace (1774); MacKay, *A practical Bayesian framework for backpropagation networks* (1992).
 
     Implements: eq-laplace
     """
     theta = torch.as_tensor(start).detach().to(torch.float64)
     if theta.ndim > 1 or theta.numel() == 0:
-        raise ValueError(f"the start has shape {tuple(theta.shape)}: give a number or a vector.")
+        raise ValueError(f"The start has shape {tuple(theta.shape)}: give a number or a vector.")
     value = log_density(theta)
     if not isinstance(value, Tensor) or value.ndim != 0:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the log density returned {shape}: it must return a tensor of shape ().")
+        raise ValueError(f"The log density returned {shape}: it must return a tensor of shape ().")
     if not value.isfinite():
-        raise ValueError(f"the log density is {value.item()} at the start: begin inside its support.")
+        raise ValueError(f"The log density is {value.item()} at the start: begin inside its support.")
 
     for step in range(MAX_STEPS):
         slope, precision = _derivatives(log_density, theta, step)
@@ -143,13 +145,13 @@ def fit(log_density: Callable[[Tensor], Tensor], start: Tensor | float) -> Lapla
         theta = (
             theta + direction if gain <= 1e-8 and small else _climb(log_density, theta, direction, gain, step)
         )
-    raise RuntimeError(f"no mode after {MAX_STEPS} steps, now at {theta.tolist()}: {ADVICE}")
+    raise RuntimeError(f"No mode after {MAX_STEPS} steps, now at {theta.tolist()}: {ADVICE}")
 
 
 def _derivatives(log_density, theta: Tensor, step: int) -> tuple[Tensor, Tensor]:
     slope, precision = jacobian(log_density, theta), -hessian(log_density, theta)
     if not (slope.isfinite().all() and precision.isfinite().all()):
-        raise RuntimeError(f"the log density has no finite derivatives at {theta.tolist()} (step {step}).")
+        raise RuntimeError(f"The log density has no finite derivatives at {theta.tolist()} (step {step}).")
     return slope, precision
 
 
@@ -171,7 +173,7 @@ def _climb(log_density, theta: Tensor, direction: Tensor, gain: Tensor, step: in
             return candidate
         fraction /= 2
     raise RuntimeError(
-        f"stuck after {step} steps at {theta.tolist()}, where the density still rises: {ADVICE}"
+        f"Stuck after {step} steps at {theta.tolist()}, where the density still rises: {ADVICE}"
     )
 
 
@@ -179,7 +181,7 @@ def _positive_definite(precision: Tensor, theta: Tensor) -> Tensor:
     smallest = torch.linalg.eigvalsh(precision.reshape(theta.numel(), -1))
     if smallest[0] <= 1e-12 * smallest.abs().max():
         raise RuntimeError(
-            f"the precision at {theta.tolist()} is not positive definite: its smallest eigenvalue is "
+            f"The precision at {theta.tolist()} is not positive definite: its smallest eigenvalue is "
             f"{smallest[0]:.3g}, so this is no peak. Start elsewhere, or add a prior to a flat direction."
         )
     return precision
@@ -204,12 +206,13 @@ def network(
     Raises:
         ValueError: τ is not positive and finite, or what :func:`ewc.curvature.gauss_newton` raises.
 
-    Source: Daxberger et al., "Laplace Redux" (NeurIPS 2021).
+    References:
+        Daxberger et al., *Laplace Redux* (NeurIPS 2021).
 
     Implements: eq-laplace
     """
     if not 0 < prior_precision < math.inf:
-        raise ValueError(f"the prior precision is {prior_precision}: it must be a positive number.")
+        raise ValueError(f"The prior precision is {prior_precision}: it must be a positive number.")
     ggn = curvature.gauss_newton(model, data)
     x, y = curvature.collect(data, ggn)
     mode = curvature.vector(model, dict(model.named_parameters())).detach()
@@ -253,17 +256,18 @@ def predict(
     Raises:
         ValueError: an unknown method, no samples, or the model's weights are not the posterior's mode.
 
-    Source: MacKay, "The evidence framework applied to classification networks" (1992); Lu, Ie and Sha,
-    "Mean-field approximation to Gaussian-softmax integral with application to uncertainty estimation" (2020);
-    Immer, Korzepa and Bauer, "Improving predictions of Bayesian neural nets via local linearization"
-    (AISTATS 2021).
+    References:
+        MacKay, *The evidence framework applied to classification networks* (1992); Lu, Ie and Sha,
+        *Mean-field approximation to Gaussian-softmax integral with application to uncertainty estimation*
+        (2020); Immer, Korzepa and Bauer, *Improving predictions of Bayesian neural nets via local
+        linearization* (AISTATS 2021).
 
     Implements: eq-logistic-predictive, eq-logistic-predictive-probit
     """
     weights = curvature.vector(model, dict(model.named_parameters())).detach()
     if not torch.equal(weights, posterior.mode):
         raise ValueError(
-            "the model's trainable weights are not the posterior's mode: load or train them first."
+            "The model's trainable weights are not the posterior's mode: load or train them first."
         )
     J = curvature.jacobian(model, inputs)
     with curvature.evaluating(model), torch.no_grad():
@@ -276,7 +280,7 @@ def predict(
         return (-gaps.logsumexp(2)).softmax(-1)
     if method == "sampled":
         if samples < 1:
-            raise ValueError(f"the mean needs at least one sample; got samples={samples!r}.")
+            raise ValueError(f"The mean needs at least one sample; got samples={samples!r}.")
         deviation = posterior.sample(samples, generator=generator) - posterior.mode
         return (logits + torch.einsum("ncp,sp->snc", J, deviation)).softmax(-1).mean(0)
-    raise ValueError(f"unknown method {method!r}: use 'probit' or 'sampled'.")
+    raise ValueError(f"Unknown method {method!r}: use 'probit' or 'sampled'.")

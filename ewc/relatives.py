@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ewc import curvature
 from ewc._layers import recurrent
 from ewc.elastic import EWC
-from ewc.fisher import class_index, unwrap
+from ewc.fisher import _add_over_processes, class_index, unwrap
 
 __all__ = ["L2", "MemoryAwareSynapses", "SynapticIntelligence"]
 
@@ -43,7 +43,7 @@ class _Relative(EWC):
         kind = state.get("kind") if isinstance(state, Mapping) else None
         if kind != type(self).__name__:
             raise ValueError(
-                f"this is not the state of a {type(self).__name__} memory (found kind {kind!r})."
+                f"This is not the state of a {type(self).__name__} memory (found kind {kind!r})."
             )
         super().load_state_dict(state)
 
@@ -66,9 +66,6 @@ class L2(_Relative):
             ValueError: weights that are not finite, nothing to train, or a model that is not the stored one.
         """
         trainable = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
-        for name, p in trainable.items():
-            if not p.isfinite().all():
-                raise ValueError(f"parameter {name!r} is not finite: an anchor has to be; go back to sound weights.")
         ones = {name: torch.ones_like(p) for name, p in trainable.items()}
         self.decay = 0.0  # one spring for each weight, at the newest place
         super().consolidate(model, fisher=ones)
@@ -102,7 +99,8 @@ class SynapticIntelligence(_Relative):
     Attributes:
         damping: ξ, which bounds ω for weights that hardly moved.
 
-    Source: Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence" (ICML 2017).
+    References:
+        Zenke, Poole and Ganguli, *Continual learning through synaptic intelligence* (ICML 2017).
 
     Implements: eq-si
     """
@@ -155,14 +153,14 @@ class SynapticIntelligence(_Relative):
         """
         if not self._path["begin"]:
             raise ValueError(
-                "no path was recorded: call record(model) after each backward() of the task's loss."
+                "No path was recorded: call record(model) after each backward() of the task's loss."
             )
         parameters = dict(unwrap(model).named_parameters())
         gained = {}
         for name, begin in self._path["begin"].items():
             if name not in parameters or parameters[name].shape != begin.shape:
                 raise ValueError(
-                    f"the path holds {name!r} of shape {tuple(begin.shape)}, which the model lacks."
+                    f"The path holds {name!r} of shape {tuple(begin.shape)}, which the model lacks."
                 )
             self._close(name, parameters[name])
             moved = parameters[name] - begin
@@ -205,7 +203,8 @@ class MemoryAwareSynapses(_Relative):
     tasks add up, anchored at the newest optimum. As :math:`\|f\|^2` is not a log probability, ω has neither
     the Fisher's unit nor its square: λ must be chosen anew.
 
-    Source: Aljundi et al., "Memory aware synapses: learning what (not) to forget" (ECCV 2018).
+    References:
+        Aljundi et al., *Memory aware synapses: learning what (not) to forget* (ECCV 2018).
 
     Implements: eq-mas
     """
@@ -237,7 +236,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     """E|∂‖f‖²/∂θ| of every trainable parameter."""
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
-        raise ValueError("the model has no trainable parameter: there is nothing to measure.")
+        raise ValueError("The model has no trainable parameter: there is nothing to measure.")
     first = next(iter(trainable.values()))
     places = curvature.places(model)
 
@@ -245,7 +244,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
         tensors = {place: parameters.get(name, held) for place, (name, held) in places.items()}
         outputs = functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False)
         if not isinstance(outputs, Tensor):
-            raise ValueError(f"the model returned a {type(outputs).__name__}: it must return one tensor.")
+            raise ValueError(f"The model returned a {type(outputs).__name__}: it must return one tensor.")
         chosen = class_index(classes, outputs, least=1)
         return (outputs if chosen is None else outputs[:, chosen]).square().sum()
 
@@ -262,9 +261,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
                 for name, g in vmap(grad(size), in_dims=(0 if batched else None, 0))(weights, part).items():
                     total[name] += g.abs().sum(0)
             count += len(x)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for value in (count, *total.values()):
-            torch.distributed.all_reduce(value)
+    _add_over_processes(count, *total.values())
     if not count:
-        raise ValueError("the data holds no example: the importances are means over at least one.")
+        raise ValueError("The data holds no example: the importances are means over at least one.")
     return {name: value / count for name, value in total.items()}

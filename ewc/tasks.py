@@ -294,7 +294,8 @@ def pair(device: torch.device | str | None = None) -> tuple[Task, Task]:
 def permuted(task: Task, seed: int) -> Task:
     """The task with the pixels of every image shuffled by one fixed random permutation.
 
-    Source: Goodfellow et al. (2013), Kirkpatrick et al. (2017).
+    References:
+        Goodfellow et al. (2013), Kirkpatrick et al. (2017).
 
     Args:
         task: the original.

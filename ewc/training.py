@@ -96,7 +96,7 @@ def fit(
 
     Raises:
         NonFiniteLoss: the loss became infinite or NaN; names the step. The model is left with
-            the last weights that are known to have a finite loss.
+            the last weights that are known to have a finite loss, and the buffers of that moment.
         ValueError: an unknown optimiser, schedule or penalty, no training example, or labels that are no classes.
     """
     _check(task, batch_size)
@@ -118,6 +118,7 @@ def fit(
     history = History()
     _loop(
         parameters={k: p for k, p in unwrap(model).named_parameters() if p.requires_grad},
+        buffers=list(model.buffers()),
         loss_of=loss_of,
         evaluate=evaluate,
         orders=_orders([seed], len(x), x.device, stacked=False),
@@ -225,6 +226,7 @@ def sweep(
     try:
         _loop(
             parameters=trained,
+            buffers=list(buffers.values()),
             loss_of=loss_of,
             evaluate=evaluate,
             orders=_orders([seeds[0]] if shared else seeds, len(x), x.device, stacked=not shared),
@@ -309,11 +311,12 @@ def run(
 # The loop that `fit` and `sweep` share.
 
 
-def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callable, orders: Callable, size: int,
-          histories: list[History], modules: list[nn.Module], memory, epochs: int, steps: int | None, batch_size: int,
-          lr: float, optimizer: str, momentum: float, schedule: str | None, penalty: str, every: int | None,
-          watched: bool, moments: dict | None) -> None:
+def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Callable, evaluate: Callable,
+          orders: Callable, size: int, histories: list[History], modules: list[nn.Module], memory, epochs: int,
+          steps: int | None, batch_size: int, lr: float, optimizer: str, momentum: float, schedule: str | None,
+          penalty: str, every: int | None, watched: bool, moments: dict | None) -> None:
     tensors = list(parameters.values())
+    kept = tensors + buffers  # what a bad loss must not spoil: the statistics of batch normalisation as well
     _choose("penalty", penalty, ("pull", "gradient"))
     _choose("schedule", schedule, ("cosine", None))
     _choose("optimizer", optimizer, ("sgd", "adam"))
@@ -329,7 +332,7 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
     per_epoch = math.ceil(size / batch_size)
     total = epochs * per_epoch if steps is None else steps
     every = every or per_epoch
-    latest = [p.detach().clone() for p in tensors]
+    latest = [t.detach().clone() for t in kept]
     earlier = [p.clone() for p in latest]
     window: list[Tensor] = []
     for module in modules:
@@ -351,14 +354,14 @@ def _loop(*, parameters: dict[str, Tensor], loss_of: Callable, evaluate: Callabl
             first = int(bad.any(1).float().argmax()) if bad.any() else len(window)
             # The loss of the weights at the last check is the window's first: if it is bad, go back one more.
             with torch.no_grad():
-                torch._foreach_copy_(tensors, latest if first > 0 else earlier)
+                torch._foreach_copy_(kept, latest if first > 0 else earlier)
             where = f" of run {int(bad[first].float().argmax())}" if len(histories) > 1 and bad.any() else ""
             raise NonFiniteLoss(
                 f"The loss{where} is not finite at step {step - len(window) + first} (learning rate {lr:g}, penalty by "
                 f"{penalty}): training stopped with the last weights known to have a finite loss. Lower lr, or, if the "
                 f"penalty enters through its gradient, lower lr * strength or use penalty='pull'.")
         torch._foreach_copy_(earlier, latest)
-        torch._foreach_copy_(latest, tensors)
+        torch._foreach_copy_(latest, kept)
         window.clear()
         return losses.sum(0).double()
 
@@ -520,6 +523,8 @@ def _share(data: TensorDataset) -> TensorDataset:
 def _save(path: Path, names, done: int, models, memories, matrix: Tensor, moments: dict | None) -> None:
     """A kill at any moment leaves a whole file."""
     state = {"tasks": names, "done": done, "matrix": matrix, "moments": moments,
+             "random": torch.get_rng_state(),
+             "random of cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
              "models": [m.state_dict() for m in models],
              "memories": [m.state_dict() if m is not None else None for m in memories]}
     _write(state, path)
@@ -551,4 +556,7 @@ def _restore(path: Path, names, models, memories, matrix: Tensor, moments: dict 
     if moments is not None:
         moments.update(state["moments"] or {})
     matrix.copy_(state["matrix"])
+    torch.set_rng_state(state["random"])  # dropout and drawn labels go on where they stopped
+    if len(state["random of cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random of cuda"])
     return state["done"]

@@ -278,7 +278,7 @@ def test_bad_input_is_named(data):
         curvature.hessian(large, (torch.zeros(1, 1000), torch.zeros(1, dtype=torch.long)))
     with pytest.raises(ValueError, match="Jacobian of 100 examples"):
         curvature.jacobian(large, torch.zeros(100, 1000))
-    with pytest.raises(ValueError, match="unknown estimator 'true'.*exact, sampled, probe"):
+    with pytest.raises(ValueError, match="Unknown estimator 'true'.*exact, sampled, probe"):
         curvature.full_fisher(network(), data, "true")
     with pytest.raises(ValueError, match="at least one is needed"):
         curvature.hessian(network(), (x[:0], y[:0]))

@@ -591,6 +591,15 @@ def test_consolidate_needs_data_or_a_fisher():
     assert memory.tasks == 0
 
 
+def test_weights_that_are_not_finite_are_no_anchor():
+    model, memory = network(), EWC(1.0)
+    measured = fisher.diagonal(model, data())
+    next(model.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="is not finite: an anchor has to be"):
+        memory.consolidate(model, fisher=measured)
+    assert memory.tasks == 0 and not memory.theta_star
+
+
 # ---- the small print --------------------------------------------------------------------------------------
 
 
@@ -650,7 +659,7 @@ def test_gradients_are_added_outside_the_graph():
     assert all(not p.grad.requires_grad for p in model.parameters())
 
 
-def test_everything_follows_the_model_to_its_device():
+def test_everything_follows_the_model_to_its_device(monkeypatch):
     """The meta device computes nothing, but refuses tensors of any other: a second device wherever there is none."""
     memory, model = consolidated(anchors="each"), move(network())
     memory.pull(model, 0.1)
@@ -661,6 +670,7 @@ def test_everything_follows_the_model_to_its_device():
     memory.pull(model, 0.1)
     memory.add_gradient(model)
     fresh = EWC(1.0)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: torch.ones(t.shape, dtype=torch.bool))  # it has no values
     fresh.consolidate(model, fisher=measured)  # a Fisher that was kept on the CPU
     assert {t.device.type for t in (*fresh.fisher.values(), *fresh.theta_star.values())} == {"meta"}
     assert EWC(1.0).penalty(network()).dtype == torch.float64

@@ -485,17 +485,17 @@ class Unused(nn.Sequential):
     [
         (
             lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),
-            r"layer '1' \(LayerNorm\) has no Kronecker form",
+            r"Layer '1' \(LayerNorm\) has no Kronecker form",
         ),
         (
             lambda: nn.Sequential(nn.Unflatten(1, (3, 1, 1)), nn.Conv2d(3, 3, 1, groups=3), nn.Flatten()),
             "'1'.*groups=3",
         ),
-        (twice, r"layer '0' \(Linear\) ran 2 times"),
-        (lambda: Unused(nn.Linear(3, 3), nn.Linear(3, 3)), r"layer '1' \(Linear\) ran 0 times"),
-        (tied, r"layer '1' \(Linear\) shares a parameter with layer '0'"),
-        (partly, r"layer '0' \(Linear\) is partly frozen"),
-        (Functional, r"layer 'layer' \(Linear\) does more with its weight"),
+        (twice, r"Layer '0' \(Linear\) ran 2 times"),
+        (lambda: Unused(nn.Linear(3, 3), nn.Linear(3, 3)), r"Layer '1' \(Linear\) ran 0 times"),
+        (tied, r"Layer '1' \(Linear\) shares a parameter with layer '0'"),
+        (partly, r"Layer '0' \(Linear\) is partly frozen"),
+        (Functional, r"Layer 'layer' \(Linear\) does more with its weight"),
         (lambda: nn.Linear(3, 3).requires_grad_(False), "no trainable parameter"),
     ],
 )
@@ -515,7 +515,7 @@ def test_expand_does_not_mind_the_order_of_axes_and_reduce_says_so():
     expected = definition(model, x, lambda i, p: list(enumerate(p)), "expand")["layer"]
     close(kfac.factors(model, (x, y))["layer"].A, expected[0])
     close(kfac.factors(model, (x, y))["layer"].G, expected[1])
-    with pytest.raises(ValueError, match="layer 'layer'.*'reduce' needs the examples on the first axis"):
+    with pytest.raises(ValueError, match="Layer 'layer'.*'reduce' needs the examples on the first axis"):
         kfac.factors(model, (x, y), setting="reduce")
 
 
@@ -524,7 +524,7 @@ def test_bad_input_is_named():
     for strength in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite number, at least 0"):
             KFAC(strength)
-    with pytest.raises(ValueError, match="unknown estimator 'fisher'.*exact"):
+    with pytest.raises(ValueError, match="Unknown estimator 'fisher'.*exact"):
         KFAC(1.0, estimator="fisher")
     with pytest.raises(ValueError, match="'expand' or 'reduce'"):
         KFAC(1.0, setting="sum")
@@ -769,7 +769,7 @@ def test_equal_steps_by_name_are_one_step():
 def test_a_linear_layer_with_a_parameter_more_is_refused():
     layer = nn.Linear(3, 3)
     layer.scale = nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"layer '0' \(Linear\) has no Kronecker form"):
+    with pytest.raises(ValueError, match=r"Layer '0' \(Linear\) has no Kronecker form"):
         kfac.factors(nn.Sequential(layer), (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))
 
 

@@ -140,7 +140,7 @@ def test_failures_say_what_happened():
         laplace.fit(lambda t: t[0] ** 2 - t[1] ** 2, torch.zeros(2))
     with pytest.raises(RuntimeError, match="smallest eigenvalue is 0.*flat direction"):
         laplace.fit(lambda t: -(t.sum() ** 2), torch.tensor([1.0, 2.0]))
-    with pytest.raises(RuntimeError, match="no mode after 100 steps.*at infinity"):
+    with pytest.raises(RuntimeError, match="No mode after 100 steps.*at infinity"):
         laplace.fit(lambda t: -(-t).exp(), 0.0)
     with pytest.raises(RuntimeError, match="at infinity .separable data"):
         laplace.fit(lambda t: logsigmoid(t) + logsigmoid(2 * t), 0.0)

@@ -142,6 +142,25 @@ def test_non_finite_loss_stops_with_the_last_finite_weights(digits, many):
     assert flat(model).isfinite().all()
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_non_finite_loss_leaves_the_statistics_of_batch_normalisation_as_sound_as_the_weights(digits, many):
+    def normed(seed):
+        torch.manual_seed(seed)
+        body = nn.Linear(digits.features, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, digits.classes)
+        return nn.Sequential(nn.Flatten(), *body)
+
+    models = [normed(0), normed(1)] if many else [normed(0)]
+    x, y = digits.train.tensors
+    spoilt = x.clone()
+    spoilt[-1] = float("nan")  # one bad image: its batch's statistics are NaN, and all later running ones
+    task = replace(digits, train=TensorDataset(spoilt, y))
+    with pytest.raises(training.NonFiniteLoss):
+        training.sweep(models, task, seeds=[0, 1]) if many else training.fit(models[0], task)
+    for model in models:
+        assert flat(model).isfinite().all()
+        assert model[2].running_mean.isfinite().all() and model[2].running_var.isfinite().all()
+
+
 def test_a_strong_penalty_breaks_its_gradient_but_not_the_pull(digits, letters):
     model = net(digits)
     training.fit(model, digits, epochs=5, lr=0.05)
@@ -159,6 +178,36 @@ def test_a_strong_penalty_breaks_its_gradient_but_not_the_pull(digits, letters):
 
 def sequence(digits, letters):
     return [digits, letters, tasks.permuted(digits, 1)]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_run_resumes_where_dropout_and_drawn_labels_stopped(digits, letters, tmp_path, estimator):
+    def start():
+        torch.manual_seed(5)
+        body = nn.Linear(digits.features, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, digits.classes)
+        return nn.Sequential(nn.Flatten(), *body), EWC(50.0, estimator=estimator)
+
+    three, file = sequence(digits, letters), tmp_path / "run.pt"
+    model, memory = start()
+    training.run(model, three, memory, epochs=1)
+
+    class Killed(Exception):
+        pass
+
+    class Dying(EWC):
+        def consolidate(self, model, data, **options):
+            if self.tasks == 1:
+                raise Killed
+            super().consolidate(model, data, **options)
+
+    resumed, again = start()
+    with pytest.raises(Killed):
+        training.run(resumed, three, Dying(50.0, estimator=estimator), checkpoint=file, epochs=1)
+    resumed, again = start()
+    torch.manual_seed(99)  # another process has other random numbers
+    training.run(resumed, three, again, checkpoint=file, epochs=1)
+    assert torch.equal(flat(resumed), flat(model))
+    assert all(torch.equal(again.fisher[name], f) for name, f in memory.fisher.items())
 
 
 @pytest.mark.parametrize("many", [False, True])
