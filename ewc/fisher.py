@@ -4,7 +4,7 @@ One example :math:`x` with logits :math:`z = f_\theta(x)` and :math:`p = \mathrm
 :math:`J^\top (\mathrm{diag}\,p - pp^\top) J`, where :math:`J = \partial z / \partial\theta`. Every estimator here
 writes the matrix in the middle, or an unbiased guess of it, as :math:`\sum_k v_k v_k^\top`, so that the diagonal is
 :math:`\sum_k (J^\top v_k)^2`: a sum of squared gradients, one backward pass for each output vector :math:`v_k`.
-This module chooses the vectors; ``_layers`` pushes them back and squares, example by example.
+This module chooses the vectors; ``_layers`` pushes them back and squares, example by example, in the closed forms of ``_closed``.
 
 With several labels per example (logits of shape ``(N, C, *positions)``) the example's log probability is the sum
 over positions, and labels at different positions are independent given the input.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ewc import _layers
+from ewc._closed import accumulator
 
 ESTIMATORS = ("exact", "sampled", "probe", "empirical", "argmax")
 IGNORED = -100  # the label that torch's cross-entropy skips too: padding in dense prediction
@@ -143,7 +144,7 @@ class _Softmax:
         self.classes = class_index(classes, z)
         z = self.z.flatten(2) if z.dim() > 2 else self.z.unsqueeze(-1)
         z = z if self.classes is None else z[:, self.classes]
-        self.log_p = z.to(_layers.accumulator(z.dtype)).log_softmax(1)
+        self.log_p = z.to(accumulator(z.dtype)).log_softmax(1)
         self.labels = labels.flatten(1) if labels.dim() > 1 else labels.unsqueeze(-1)
         # Padding exists in dense prediction only; elsewhere -100 is a label out of range.
         self.counted = self.labels != IGNORED if labels.dim() > 1 and not labels.is_floating_point() else None

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc.fisher import _cudnn, _add_over_processes, class_index, unwrap
+from ewc.fisher import _add_over_processes, _cudnn, class_index, unwrap
 
 __all__ = ["KFAC", "Factors", "factors"]
 

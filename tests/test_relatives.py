@@ -230,7 +230,7 @@ def test_si_bad_input():
         memory.consolidate(nn.Linear(3, 2).double())
     memory.consolidate(model)
     assert memory.fisher.keys() == {"2.weight", "2.bias"} and not memory.fisher["2.weight"].any()
-    with pytest.raises(ValueError, match="no path"):
+    with pytest.raises(ValueError, match="No path"):
         memory.consolidate(model)  # the path was used up
 
 

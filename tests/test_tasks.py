@@ -14,7 +14,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from ewc import tasks
+from ewc import _images, tasks
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def offline(monkeypatch):
         attempts.append(url)
         return False
 
-    monkeypatch.setattr(tasks, "_answers", refuse)
+    monkeypatch.setattr(_images, "_answers", refuse)
     return attempts
 
 
@@ -60,13 +60,13 @@ def small(monkeypatch):
     files = {"mnist": contents(1), "fashion": contents(2)}
     for name, group in files.items():
         sums = {file: hashlib.md5(content).hexdigest() for file, content in group.items()}
-        monkeypatch.setitem(tasks.REAL, name, (tasks.REAL[name][0], sums))
+        monkeypatch.setitem(_images.REAL, name, (_images.REAL[name][0], sums))
     return files
 
 
 def write(files, zipped=False):
     for name, group in files.items():
-        folder = tasks._data_folder() / tasks.REAL[name][0] / "raw"
+        folder = _images._data_folder() / _images.REAL[name][0] / "raw"
         folder.mkdir(parents=True)
         for file, content in group.items():
             (folder / (file + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
@@ -99,9 +99,9 @@ def test_digits_are_scikit_learns():
 
 
 def test_letters_are_the_same_bits_every_time():
-    first, labels = tasks._render_letters(200, seed=0)
-    again, same = tasks._render_letters(200, seed=0)
-    other, _ = tasks._render_letters(200, seed=1)
+    first, labels = _images._render_letters(200, seed=0)
+    again, same = _images._render_letters(200, seed=0)
+    other, _ = _images._render_letters(200, seed=1)
     assert np.array_equal(first, again) and np.array_equal(labels, same)
     assert not np.array_equal(first, other)
     assert len(np.unique(first.reshape(200, -1), axis=0)) == 200
@@ -127,9 +127,9 @@ def test_letters_are_cached_and_a_damaged_cache_is_replaced(tmp_path, monkeypatc
         calls.append(count)
         return rendered
 
-    monkeypatch.setattr(tasks, "_render_letters", render)
-    first = tasks._cached_letters()
-    second = tasks._cached_letters()
+    monkeypatch.setattr(_images, "_render_letters", render)
+    first = _images.letters()
+    second = _images.letters()
     assert len(calls) == 1 and all(map(np.array_equal, first, second))
     (path,) = (tmp_path / "ewc").iterdir()  # one file, nothing temporary left behind
     whole = path.read_bytes()
@@ -137,7 +137,7 @@ def test_letters_are_cached_and_a_damaged_cache_is_replaced(tmp_path, monkeypatc
     flipped[2000] ^= 0xFF
     for damaged in (whole[:1000], bytes(flipped), b"", b"something else"):
         path.write_bytes(damaged)
-        assert all(map(np.array_equal, tasks._cached_letters(), first))
+        assert all(map(np.array_equal, _images.letters(), first))
         assert path.read_bytes() != damaged
     assert len(calls) == 5
 
@@ -242,7 +242,7 @@ def mirror(small, monkeypatch):
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     for name, files in small.items():
-        source = tasks._source(name)
+        source = _images._source(name)
         zipped = {file + ".gz": gzip.compress(content) for file, content in files.items()}
         handler.files |= {f"/{name}/{file}": content for file, content in zipped.items()}
         monkeypatch.setattr(source, "mirrors", [f"http://127.0.0.1:{server.server_port}/{name}/"])
@@ -259,8 +259,8 @@ def test_download_leaves_whole_files_and_no_trace(mirror, capfd):
     timeout = socket.getdefaulttimeout()
     mnist, fashion = tasks.pair("cpu")
     assert (mnist.name, fashion.name, len(mnist.train)) == ("mnist", "fashion", 30)
-    folder = tasks._data_folder() / "MNIST" / "raw"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(tasks.REAL["mnist"][1])
+    folder = _images._data_folder() / "MNIST" / "raw"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(_images.REAL["mnist"][1])
     assert socket.getdefaulttimeout() == timeout
     assert capfd.readouterr() == ("", "")  # no progress bar in a page
     mirror.files.clear()  # the second time the network is not needed
@@ -273,12 +273,12 @@ def test_broken_download_is_not_kept(mirror, cut):
     mirror.files[path] = mirror.files[path][:-cut]
     with pytest.raises(FileNotFoundError, match="could not be downloaded"):
         tasks.load("mnist")
-    assert not list((tasks._data_folder() / "MNIST" / "raw").iterdir())
+    assert not list((_images._data_folder() / "MNIST" / "raw").iterdir())
 
 
 def test_silent_server_is_given_up_soon(mirror, monkeypatch):
     mirror.files = None
-    monkeypatch.setattr(tasks, "TIMEOUT", 0.2)
+    monkeypatch.setattr(_images, "TIMEOUT", 0.2)
     before = time.monotonic()
     with pytest.raises(FileNotFoundError, match="no server answers"):
         tasks.load("mnist")
@@ -287,15 +287,15 @@ def test_silent_server_is_given_up_soon(mirror, monkeypatch):
 
 def test_name_lookup_that_never_returns_is_given_up(monkeypatch):
     over = threading.Event()
-    monkeypatch.setattr(tasks, "TIMEOUT", 0.1)
+    monkeypatch.setattr(_images, "TIMEOUT", 0.1)
 
     def lookup(*args, **options):
         over.wait(30)
         raise OSError
 
-    monkeypatch.setattr(tasks.urllib.request, "urlopen", lookup)
+    monkeypatch.setattr(_images.urllib.request, "urlopen", lookup)
     before = time.monotonic()
-    assert not tasks._answers("http://mirror.invalid/")
+    assert not _images._answers("http://mirror.invalid/")
     over.set()
     assert time.monotonic() - before < 5
 
@@ -319,10 +319,10 @@ def test_missing_data_say_what_to_do(offline):
 def test_data_folder_defaults_to_the_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("EWC_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tasks._data_folder() == tmp_path / "ewc"
+    assert _images._data_folder() == tmp_path / "ewc"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tasks._data_folder() == tmp_path / ".cache" / "ewc"
+    assert _images._data_folder() == tmp_path / ".cache" / "ewc"
 
 
 # Choosing
@@ -338,14 +338,14 @@ def test_auto_takes_the_embedded_pair_and_remembers_why(offline):
     offline.clear()
     assert names(tasks.pair("cpu")) == ("digits", "letters")
     assert not offline  # the next chapter does not wait again
-    old = time.time() - tasks.RETRY - 1
-    os.utime(tasks._cache_folder() / "download-failed", (old, old))
+    old = time.time() - _images.RETRY - 1
+    os.utime(_images._cache_folder() / "download-failed", (old, old))
     tasks.pair("cpu")
     assert len(offline) > 0  # but later it tries again
 
 
 def test_auto_takes_the_real_pair_from_disk_even_after_a_failed_download(small, offline):
-    tasks._remember_failed_download()
+    _images._remember_failed_download()
     write(small)
     assert names(tasks.pair("cpu")) == ("mnist", "fashion")
     assert not offline
