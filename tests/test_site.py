@@ -370,6 +370,15 @@ def test_search_finds_a_page(server, browser):
     assert "Fisher" in shown and "\\class{" not in shown and "Contents" not in shown
 
 
+def test_search_finds_a_name_without_its_accent(server, browser):
+    found = {}
+    for name in ("Huszár", "Huszar"):
+        tab = open_page(browser, server, f"search.html?q={name}")
+        tab.locator("#search-results li").first.wait_for()
+        found[name] = tab.locator("#search-results li").count()
+    assert found["Huszar"] >= found["Huszár"] > 0
+
+
 def test_what_is_not_found_says_so_and_leads_back(site, server, browser):
     visit = Visit()
     tab = open_page(browser, server, "404.html", visit)

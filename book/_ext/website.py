@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 from urllib.parse import quote
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.search.en import SearchEnglish
 from sphinx.util import logging
 from sphinx_codeautolink.extension.block import CodeBlockAnalyser
 
@@ -134,7 +136,17 @@ def share_handlers(app: Sphinx) -> None:
         handlers["singlehtml"] = handlers["html"] | handlers["singlehtml"]
 
 
+class English(SearchEnglish):
+    """Finds a name with its accents and without: Huszár and Huszar."""
+
+    def split(self, input: str) -> list[str]:
+        words = super().split(input)
+        plain = (unicodedata.normalize("NFKD", word).encode("ascii", "ignore").decode() for word in words)
+        return words + [p for p, word in zip(plain, words) if p != word and len(p) == len(word)]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_search_language(English)
     app.add_css_file("icons.css", priority=890)
     app.add_css_file("book.css", priority=900)
     app.add_js_file("print.js", loading_method="defer")
