@@ -4,7 +4,8 @@ One example :math:`x` with logits :math:`z = f_\theta(x)` and :math:`p = \mathrm
 :math:`J^\top (\mathrm{diag}\,p - pp^\top) J`, where :math:`J = \partial z / \partial\theta`. Every estimator here
 writes the matrix in the middle, or an unbiased guess of it, as :math:`\sum_k v_k v_k^\top`, so that the diagonal is
 :math:`\sum_k (J^\top v_k)^2`: a sum of squared gradients, one backward pass for each output vector :math:`v_k`.
-This module chooses the vectors; ``_layers`` pushes them back and squares, example by example, in the closed forms of ``_closed``.
+This module chooses the vectors; ``_layers`` pushes them back and squares, example by example, with the closed forms
+of ``_closed`` where a layer has one.
 
 With several labels per example (logits of shape ``(N, C, *positions)``) the example's log probability is the sum
 over positions, and labels at different positions are independent given the input.
