@@ -19,11 +19,12 @@ node_modules/axe-core:
 	@if command -v npm > /dev/null; then npm install --silent --no-save --no-package-lock --no-audit --no-fund --prefix . axe-core@4.14.1; fi
 
 # A double click on a chapter opens it as a notebook, and no news are fetched (by settings of this environment, not of the reader's own).
+# In a container the reader is often root, whom Jupyter turns away unless told.
 VIEWER := {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Jupytext Notebook"}}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
 lab: $(READY)
 	@mkdir -p .venv/share/jupyter/lab/settings
 	@echo '$(VIEWER)' > .venv/share/jupyter/lab/settings/overrides.json
-	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter lab --notebook-dir=book
+	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter lab --notebook-dir=book $(if $(filter 0,$(shell id -u)),--allow-root)
 
 serve:
 	@test -f _build/html/index.html || { echo "There is no book yet: run 'make book' first."; exit 1; }
