@@ -66,6 +66,16 @@ def test_visible_code_fits_the_column(page):
         assert not lines, "\n".join(lines)
 
 
+@pytest.mark.parametrize("page", EXECUTED)
+def test_visible_code_comes_in_pieces(page):
+    """Twenty lines at most: a thought, and not a page. Plumbing is folded; a solution may be longer."""
+    text = (ROOT / f"{page}.md").read_text()
+    text = re.sub(r"\{solution-start\}.*?\{solution-end\}", "", text, flags=re.DOTALL)
+    for cell in re.findall(r"^`{3}\{code-cell\} ipython3\n(.*?)^`{3}", text, re.DOTALL | re.MULTILINE):
+        folded = re.search("hide-input|hide-cell|remove-cell|remove-input", cell)
+        assert folded or cell.count("\n") <= 20, cell
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EXECUTED)
 def test_the_text_is_standard_markdown(site, page):
