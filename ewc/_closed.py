@@ -93,24 +93,22 @@ def _linear(layer: nn.Linear, name: str, a: Tensor):
     )
 
 
-def _conv(layer, name: str, a: Tensor):
-    dims = len(layer.kernel_size)
-    if a.dim() != dims + 2:
+def _convolution(layer, name: str, a: Tensor):
+    if a.dim() != len(layer.kernel_size) + 2:
         return None
     if name == "bias":
         return Sum(lambda d: d.flatten(2).sum(2))
+    return _transposed(layer, a) if layer.transposed else _forward(layer, a)
+
+
+def _forward(layer, a: Tensor) -> Outer:
     padding = _paddings(layer)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     a = F.pad(a, padding, mode=mode) if any(padding) else a
     return Outer(_windows(a, layer), lambda d: d.reshape(len(d), layer.groups, d.shape[1] // layer.groups, -1))
 
 
-def _conv_transpose(layer, name: str, a: Tensor):
-    dims = len(layer.kernel_size)
-    if a.dim() != dims + 2:
-        return None
-    if name == "bias":
-        return Sum(lambda d: d.flatten(2).sum(2))
+def _transposed(layer, a: Tensor) -> Outer:
     # The adjoint of a convolution: input and δ change places.
     padding = [p for p in reversed(layer.padding) for _ in range(2)]
     size = a.shape[2:]
@@ -188,8 +186,8 @@ RULES = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _convolution),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, *INSTANCE_NORMS), _channel_norm),
 }

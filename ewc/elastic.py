@@ -374,8 +374,7 @@ class EWC:
 
 def _write(state: dict, path: str | os.PathLike) -> None:
     """Writes ``state`` beside ``path``, to the disk, then renames; in a process group on rank 0 only."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_rank():
+    if _fisher._distributed() and torch.distributed.get_rank():
         return
     path = Path(path)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")

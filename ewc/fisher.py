@@ -361,9 +361,13 @@ def _blocks(data) -> Iterator[tuple[Tensor, Tensor]]:
             yield x, y
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _add_over_processes(*totals: Tensor) -> None:
     """Replaces each tensor by its sum over the processes of the group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _distributed():
         for total in totals:
             torch.distributed.all_reduce(total)
 

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from . import curvature
 from .elastic import _write
-from .fisher import _progress, unwrap
+from .fisher import _distributed, _progress, unwrap
 from .metrics import accuracy
 from .tasks import Task
 
@@ -507,10 +507,6 @@ def _check(task: Task, batch_size: int) -> None:
 def _choose(what: str, value, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(repr(a) for a in allowed)}, not {value!r}.")
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _share(data: TensorDataset) -> TensorDataset:

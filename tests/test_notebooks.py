@@ -53,14 +53,19 @@ def test_glue_is_not_needed_outside_the_book(monkeypatch):
     assert glue("name", 1.0, display=False) is None
 
 
+def visible(text):
+    """The cells whose code a reader sees without a click."""
+    cells = re.findall(r"^`{3}\{code-cell\} ipython3\n(.*?)^`{3}", text, re.DOTALL | re.MULTILINE)
+    return [cell for cell in cells if not re.search("hide-input|hide-cell|remove-cell|remove-input", cell)]
+
+
 @pytest.mark.parametrize("page", EXECUTED)
 def test_visible_code_fits_the_column(page):
     """At 1280 pixels it has room for 82 letters, in a solution for 78. A line that is longer would hide its end."""
     text = (ROOT / f"{page}.md").read_text()
     solutions = "".join(re.findall(r"\{solution-start\}.*?\{solution-end\}", text, re.DOTALL))
     for part, room in ((text, 82), (solutions, 78)):
-        cells = re.findall(r"^`{3}\{code-cell\} ipython3\n(.*?)^`{3}", part, re.DOTALL | re.MULTILINE)
-        seen = [cell for cell in cells if not re.search("hide-input|hide-cell|remove-cell|remove-input", cell)]
+        seen = visible(part)
         assert seen or part is solutions
         lines = [line for cell in seen for line in cell.splitlines() if len(line) > room and "alt=" not in line]
         assert not lines, "\n".join(lines)
@@ -71,9 +76,8 @@ def test_visible_code_comes_in_pieces(page):
     """Twenty lines at most: a thought, and not a page. Plumbing is folded; a solution may be longer."""
     text = (ROOT / f"{page}.md").read_text()
     text = re.sub(r"\{solution-start\}.*?\{solution-end\}", "", text, flags=re.DOTALL)
-    for cell in re.findall(r"^`{3}\{code-cell\} ipython3\n(.*?)^`{3}", text, re.DOTALL | re.MULTILINE):
-        folded = re.search("hide-input|hide-cell|remove-cell|remove-input", cell)
-        assert folded or cell.count("\n") <= 20, cell
+    for cell in visible(text):
+        assert cell.count("\n") <= 20, cell
 
 
 @pytest.mark.slow

@@ -180,6 +180,19 @@ def sequence(digits, letters):
     return [digits, letters, tasks.permuted(digits, 1)]
 
 
+class Killed(Exception):
+    pass
+
+
+class Dying(EWC):
+    """Ends the program at the end of the second task, before its checkpoint is written."""
+
+    def consolidate(self, model, data, **options):
+        super().consolidate(model, data, **options)
+        if self.tasks == 2:
+            raise Killed
+
+
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
 def test_run_resumes_where_dropout_and_drawn_labels_stopped(digits, letters, tmp_path, estimator):
     def start():
@@ -190,16 +203,6 @@ def test_run_resumes_where_dropout_and_drawn_labels_stopped(digits, letters, tmp
     three, file = sequence(digits, letters), tmp_path / "run.pt"
     model, memory = start()
     training.run(model, three, memory, epochs=1)
-
-    class Killed(Exception):
-        pass
-
-    class Dying(EWC):
-        def consolidate(self, model, data, **options):
-            if self.tasks == 1:
-                raise Killed
-            super().consolidate(model, data, **options)
-
     resumed, again = start()
     with pytest.raises(Killed):
         training.run(resumed, three, Dying(50.0, estimator=estimator), checkpoint=file, epochs=1)
@@ -217,17 +220,6 @@ def test_run_resumes_after_a_kill_with_the_same_numbers(digits, letters, tmp_pat
             return [net(digits, 0), net(digits, 1)], [EWC(strength=50.0), EWC(strength=5.0)], [0, 1]
         return net(digits), EWC(strength=50.0), 0
 
-    class Killed(Exception):
-        pass
-
-    class Dying(EWC):
-        def consolidate(self, model, data, **options):
-            super().consolidate(model, data, **options)
-            Dying.count += 1
-            if Dying.count == (4 if many else 2):
-                raise Killed
-
-    Dying.count = 0
     options = dict(epochs=2, lr=0.05, keep_moments=True)
     model, memory, seed = start()
     whole = training.run(model, sequence(digits, letters), memory, seed=seed, **options)
@@ -235,7 +227,7 @@ def test_run_resumes_after_a_kill_with_the_same_numbers(digits, letters, tmp_pat
 
     file = tmp_path / "run.pt"
     model, memory, seed = start()
-    dying = [Dying(strength=m.strength) for m in memory] if many else Dying(strength=memory.strength)
+    dying = [memory[0], Dying(memory[1].strength)] if many else Dying(memory.strength)
     with pytest.raises(Killed):
         training.run(model, sequence(digits, letters), dying, checkpoint=file, seed=seed, **options)
     model, memory, seed = start()
