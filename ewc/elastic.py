@@ -219,7 +219,7 @@ class EWC:
                 g.add_(f * d, alpha=self.strength)
 
     @torch.no_grad()
-    def pull(self, model: nn.Module, step: float | Mapping[str, Tensor | float]) -> None:
+    def pull(self, model: nn.Module, step: float | Tensor | Mapping[str, Tensor | float]) -> None:
         r"""The proximal step on the penalty, in place:
 
         .. math:: \theta_i \leftarrow \frac{\theta_i + s\lambda F_i \theta^*_i}{1 + s\lambda F_i}
@@ -229,13 +229,13 @@ class EWC:
 
         Args:
             model: the network being trained.
-            step: s, the learning rate; or parameter name -> s, a number or a tensor of the parameter's shape, for
-                optimisers with a step for each weight, such as Adam.
+            step: s, the learning rate, a number or a tensor with one; or parameter name -> s, a number or a tensor of
+                the parameter's shape, for optimisers with a step for each weight, such as Adam.
 
         Raises:
             ValueError: parameters missing, of another shape or on another device; a single step that is negative or
-                not finite; no step for a parameter. Steps by name are taken as they are: to look at their values
-                would make every step wait for the device.
+                not finite; no step for a parameter. Steps by name, and tensors, are taken as they are: to look at their
+                values would make every step wait for the device.
 
         Implements: eq-proximal
         """
@@ -250,6 +250,8 @@ class EWC:
             if missing:
                 raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
             shares = self._springs.shares_of_each([step.get(name, 0.0) for name in self.fisher], self.strength)
+        elif isinstance(step, Tensor):
+            shares = self._springs.shares_of_each([step] * len(fisher), self.strength)
         else:
             if not (math.isfinite(step) and step >= 0):
                 raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")

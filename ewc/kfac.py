@@ -299,7 +299,7 @@ class KFAC:
                     parameter.grad.add_(part)
 
     @torch.no_grad()
-    def pull(self, model: nn.Module, step: float | Mapping[str, Tensor]) -> None:
+    def pull(self, model: nn.Module, step: float | Tensor | Mapping[str, Tensor]) -> None:
         r"""The proximal step on the penalty, in place: the Δ that solves
         :math:`\Delta + s\lambda\sum_t G_t\Delta A_t = \Delta_0`.
 
@@ -312,7 +312,8 @@ class KFAC:
 
         Args:
             model: the network being trained.
-            step: s, the learning rate; or parameter name -> s, a number or a tensor of the parameter's shape.
+            step: s, the learning rate, a number or a tensor with one, which is taken as it is; or parameter name -> s, a
+                number or a tensor of the parameter's shape.
 
         Raises:
             ValueError: a negative or non-finite step, one that is missing, or a model that is not the stored
@@ -322,13 +323,13 @@ class KFAC:
         """
         for name, layer in self._layers(unwrap(model)).items():
             size = _step(layer, name, step)
-            number = isinstance(size, float)
-            if not (size if number else size.any()):
+            on_host = isinstance(size, float)
+            if not size if on_host else size.dim() and not size.any():
                 continue
             anchor = self._anchor(name)
             start = _matrix(layer) - anchor
             start = start.to(torch.promote_types(start.dtype, torch.float32))  # a solver's sums overflow in half
-            if len(self.tasks) == 1 and number:
+            if len(self.tasks) == 1 and (on_host or not size.dim()):
                 delta = self._shrink(name, start, size)
             else:
                 size = torch.as_tensor(size, dtype=start.dtype, device=start.device)
@@ -585,13 +586,15 @@ def _parts(layer: nn.Module, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]
     return [(parameter, part) for parameter, part in parts if parameter.requires_grad]
 
 
-def _step(layer: nn.Module, name: str, step: float | Mapping[str, Tensor]) -> float | Tensor:
+def _step(layer: nn.Module, name: str, step: float | Tensor | Mapping[str, Tensor]) -> float | Tensor:
     """The step as a number or, if it differs between weights, as a matrix of the layer's shape.
 
     A number stays on the host: to ask a tensor on a GPU for its value would stop the queue at every step.
     """
     prefix = f"{name}." if name else ""
     own = dict(layer.named_parameters(recurse=False))
+    if isinstance(step, Tensor) and all(p.requires_grad for p in own.values()):
+        return step
     if not isinstance(step, Mapping) and not all(p.requires_grad for p in own.values()):
         step = dict.fromkeys((prefix + key for key in own), float(step))  # what is frozen takes a step of its own: 0
     if isinstance(step, Mapping):

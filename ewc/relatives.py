@@ -133,7 +133,8 @@ class SynapticIntelligence(_Relative):
                 # A sum of thousands of small terms, which half precision would leave where it is.
                 self._path["work"][name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             self._close(name, p)
-            self._path["gradient"][name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            gradient = self._path["gradient"][name]  # written in place, so that a CUDA graph can do it again
+            gradient.zero_() if p.grad is None else gradient.copy_(p.grad)
 
     def _close(self, name: str, p: Tensor) -> None:
         """Credits the move since the last record with the fall promised there."""

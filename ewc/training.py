@@ -19,9 +19,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from . import curvature
-from .elastic import _write
+from .elastic import EWC, _write
 from .fisher import _distributed, _progress, unwrap
+from .kfac import KFAC
 from .metrics import accuracy
+from .relatives import SynapticIntelligence
 from .tasks import Task
 
 CHECK_EVERY = 50  # steps between two looks at the loss: a look waits for the device
@@ -128,6 +130,7 @@ def fit(
         memory=_Single(model, memory) if memory is not None else None,
         epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
         schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
+        graph=world == 1 and _replayable(model, memory, penalty, optimizer),
     )
     return history
 
@@ -236,6 +239,7 @@ def sweep(
             memory=_Stacked(trained, memories) if any(m is not None for m in memories) else None,
             epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
             schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
+            graph=_replayable(base, None, penalty, optimizer),  # the stacked memories do the same at every step
         )
     finally:
         with torch.no_grad():
@@ -314,23 +318,30 @@ def run(
 def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Callable, evaluate: Callable,
           orders: Callable, size: int, histories: list[History], modules: list[nn.Module], memory, epochs: int,
           steps: int | None, batch_size: int, lr: float, optimizer: str, momentum: float, schedule: str | None,
-          penalty: str, every: int | None, watched: bool, moments: dict | None) -> None:
+          penalty: str, every: int | None, watched: bool, moments: dict | None, graph: bool) -> None:
     tensors = list(parameters.values())
     kept = tensors + buffers  # what a bad loss must not spoil: the statistics of batch normalisation as well
     _choose("penalty", penalty, ("pull", "gradient"))
     _choose("schedule", schedule, ("cosine", None))
     _choose("optimizer", optimizer, ("sgd", "adam"))
-    if optimizer == "sgd":
-        opt = torch.optim.SGD(tensors, lr=lr, momentum=momentum, foreach=True)
-    else:
-        # Fused: one pass over its four tensors, not five. On a GPU its step count would lie there, and be waited for.
-        on_cpu = tensors[0].device.type == "cpu"
-        opt = torch.optim.Adam(tensors, lr=lr, fused=on_cpu, foreach=not on_cpu)
-    if moments:
-        # A copy: the optimiser writes into its state, and the rate is this run's, not the last one's.
-        opt.load_state_dict({"state": copy.deepcopy(moments), "param_groups": opt.state_dict()["param_groups"]})
     per_epoch = math.ceil(size / batch_size)
     total = epochs * per_epoch if steps is None else steps
+    graph = graph and total > CHECK_EVERY  # a capture takes as long as some tens of steps
+    # A graph's kernels are told their rate by a tensor, which may change from step to step.
+    rate = torch.tensor(lr, device=tensors[0].device) if graph else lr
+    if optimizer == "sgd":
+        opt = torch.optim.SGD(tensors, lr=rate, momentum=momentum, foreach=not graph, fused=graph)
+    else:
+        # Fused: one pass over its four tensors, not five. Without a graph a GPU would be waited for at every step,
+        # because the fused step count lies there.
+        fused = graph or tensors[0].device.type == "cpu"
+        opt = torch.optim.Adam(tensors, lr=rate, fused=fused, foreach=not fused, capturable=graph)
+    if moments:
+        # A copy: the optimiser writes into its state. It lies in memory as the parameters do, since the fused step
+        # goes through all of them in one order. The rate is this run's, not the last one's.
+        state = {i: {key: torch.empty_like(tensors[i]).copy_(m) if m.dim() else m.clone() for key, m in own.items()}
+                 for i, own in moments.items()}
+        opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
     every = every or per_epoch
     latest = [t.detach().clone() for t in kept]
     earlier = [p.clone() for p in latest]
@@ -365,6 +376,22 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
         window.clear()
         return losses.sum(0).double()
 
+    def advance(batch: Tensor) -> Tensor:
+        """One step of the optimiser; the losses of its weights before it, times the examples."""
+        opt.zero_grad(set_to_none=True)
+        loss = loss_of(batch)
+        loss.sum().backward()
+        if memory is not None:
+            memory.record()
+            if penalty == "gradient":
+                memory.add_gradient()
+        opt.step()
+        if memory is not None and penalty == "pull":
+            memory.pull(_step_sizes(opt, parameters))
+        return loss.detach() * batch.shape[-1]
+
+    if graph:
+        advance = _Replayed(advance, batch_size)
     if watched:
         look(0)
     step = 0
@@ -373,18 +400,12 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
             summed, seen = 0.0, 0
             for batch in orders(epoch).split(batch_size, dim=-1)[: total - step]:
                 if schedule == "cosine":  # as CosineAnnealingLR, whose step takes a tenth of a small network's
-                    opt.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / total)) / 2
-                opt.zero_grad(set_to_none=True)
-                loss = loss_of(batch)
-                loss.sum().backward()
-                if memory is not None:
-                    memory.record()
-                    if penalty == "gradient":
-                        memory.add_gradient()
-                opt.step()
-                if memory is not None and penalty == "pull":
-                    memory.pull(_step_sizes(opt, parameters))
-                window.append(loss.detach() * batch.shape[-1])
+                    now = lr * (1 + math.cos(math.pi * step / total)) / 2
+                    if graph:
+                        rate.fill_(now)
+                    else:
+                        opt.param_groups[0]["lr"] = now
+                window.append(advance(batch))
                 step += 1
                 bar.update()
                 seen += batch.shape[-1]
@@ -396,11 +417,66 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
                         module.train()
             for history, value in zip(histories, (summed / seen).view(-1).tolist()):
                 history.loss.append(value)
+    if graph:
+        opt.zero_grad(set_to_none=True)  # they belong to the graph
     if moments is not None:
         moments.update(opt.state_dict()["state"])
 
 
-def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> float | dict[str, Tensor]:
+class _Replayed:
+    """A step of training as one launch: on a GPU, starting its sixty small kernels one by one takes longer than they do.
+
+    The first steps run as they are, because they make what all others use again, such as the optimiser's state. Then
+    one is captured as a CUDA graph, and every full batch replays it. A batch of another size runs as it is.
+    """
+
+    def __init__(self, step: Callable[[Tensor], Tensor], size: int) -> None:
+        self.step, self.size, self.before = step, size, 3
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        if batch.shape[-1] != self.size or self.before:
+            self.before = max(0, self.before - 1)
+            # Beside the main stream, where autograd would leave traces that a capture must not touch.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.step(batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.graph is None:
+            self.batch, self.graph = batch.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):  # noted, not run
+                self.losses = self.step(self.batch)
+        self.batch.copy_(batch)
+        self.graph.replay()
+        return self.losses.clone()
+
+
+# What a graph may hold: layers whose Python does the same at every step.
+_PLAIN = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Dropout, nn.AvgPool2d, nn.MaxPool2d)
+
+
+def _replayable(model: nn.Module, memory, penalty: str, optimizer: str) -> bool:
+    """Can a step be captured once and replayed, and would the next one do the same?"""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    plain = all(type(m) in _PLAIN and not any(getattr(m, h) for h in hooks) for m in model.modules())
+    parameters = list(model.parameters())
+    if not plain or any(not p.is_cuda or p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+        return False
+    if isinstance(memory, KFAC):
+        # Several pairs of factors, or a step for each weight, are solved by looking at residuals.
+        simple = type(memory) is KFAC and len(memory.tasks) <= 1 and optimizer == "sgd" and penalty == "pull"
+        return simple and all(p.requires_grad for p in parameters)
+    if memory is None:
+        return True
+    kind = type(memory)
+    record = getattr(kind, "record", SynapticIntelligence.record)
+    return (isinstance(memory, EWC) and kind.pull is EWC.pull and kind.add_gradient is EWC.add_gradient
+            and record is SynapticIntelligence.record)
+
+
+def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> float | Tensor | dict[str, Tensor]:
     r"""The step s that turns the optimiser's move into ``-s * gradient`` when the gradient is constant.
 
     With momentum m the moves add up to s = lr / (1 - m); Adam divides by the root of its second
@@ -417,7 +493,8 @@ def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> fl
         if not state:  # it never had a gradient, so it has not moved
             sizes[name] = torch.zeros_like(p)
             continue
-        correction = 1 - group["betas"][1] ** float(state["step"])
+        taken = state["step"]  # on a GPU it stays there
+        correction = 1 - group["betas"][1] ** (taken.double() if taken.is_cuda else float(taken))
         sizes[name] = lr / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
     return sizes
 

@@ -597,3 +597,110 @@ def test_the_rate_falls_along_torchs_cosine(digits, optimizer):
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(descent, T_max=2 * 3)
     plain_loop(twin, digits, descent, after_step=rate.step)
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-5)
+
+
+def test_sweep_goes_on_with_the_moments_of_one_network(digits, letters):
+    """They come in another memory layout than that of the stacked weights."""
+    start, moments = net(digits), {}
+    options = {"optimizer": "adam", "lr": 0.01, "epochs": 3, "schedule": None}
+    training.fit(start, digits, moments=moments, **options)
+    twins = [copy.deepcopy(start) for _ in range(2)]
+    spread = {k: {n: t.expand(2, *t.shape).clone() if t.dim() else t.clone() for n, t in own.items()}
+              for k, own in moments.items()}
+    training.sweep(twins, letters, seeds=[1, 2], moments=spread, **options)
+    for seed, twin in zip([1, 2], twins):
+        alone = copy.deepcopy(start)
+        training.fit(alone, letters, seed=seed, moments=copy.deepcopy(moments), **options)
+        torch.testing.assert_close(flat(twin), flat(alone), rtol=1e-4, atol=1e-5)
+
+
+class Unplain(nn.Sequential):
+    """To `fit` a network of unknown kind, of which no step is captured."""
+
+
+def on_a_gpu(task):
+    return replace(task, train=TensorDataset(*(t.cuda() for t in task.train.tensors)),
+                   test=TensorDataset(*(t.cuda() for t in task.test.tensors)))
+
+
+MEMORIES = {
+    "none": lambda: None,
+    "EWC": lambda: EWC(100.0),
+    "each": lambda: EWC(100.0, anchors="each"),
+    "L2": lambda: relatives.L2(0.1),
+    "SI": lambda: relatives.SynapticIntelligence(1.0),
+    "K-FAC": lambda: kfac.KFAC(10.0, keep="pooled"),
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("penalty", ["pull", "gradient"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_cuda_replays_the_step_that_it_captured(digits, letters, monkeypatch, name, penalty, optimizer):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+    a, b = on_a_gpu(digits), on_a_gpu(letters)
+    weights, counts = [], []
+    for plain in (True, False):
+        model = net(digits).cuda()
+        model = model if plain else Unplain(*model)
+        memory = MEMORIES[name]()
+        moments = {}
+        options = {"lr": 0.05 if optimizer == "sgd" else 1e-3, "optimizer": optimizer, "batch_size": 64, "moments": moments}
+        replays.clear()
+        for task in (a, b, a):  # 300 images: the fifth batch of an epoch is a short one
+            training.fit(model, task, memory=memory, penalty=penalty, epochs=20, **options)
+            if memory is not None:
+                memory.consolidate(model, task.train)
+        weights.append(flat(model))
+        counts.append(len(replays))
+    captured = 0 if name == "K-FAC" and (optimizer, penalty) != ("sgd", "pull") else 3
+    assert counts == [captured * (4 * 20 - 3), 0]
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("penalty", ["pull", "gradient"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_cuda_sweep_is_fit(digits, letters, penalty, optimizer):
+    a, b = on_a_gpu(digits), on_a_gpu(letters)
+    options = {"lr": 0.05 if optimizer == "sgd" else 1e-3, "optimizer": optimizer, "epochs": 30, "penalty": penalty}
+    alone, together = ([net(digits, s).cuda() for s in range(3)] for _ in range(2))
+    histories = training.sweep(together, a, seeds=range(3), watch=[a], **options)
+    for s, model in enumerate(alone):
+        history = training.fit(model, a, seed=s, watch=[a], **options)
+        torch.testing.assert_close(torch.tensor(history.loss), torch.tensor(histories[s].loss), rtol=1e-3, atol=1e-4)
+    memories = [EWC(strength) for strength in (1.0, 10.0, 100.0)]
+    for memory, model in zip(memories, alone):
+        memory.consolidate(model, a.train)
+    together = [copy.deepcopy(model) for model in alone]
+    training.sweep(together, b, seeds=range(3), memories=memories, **options)
+    for s, (model, memory) in enumerate(zip(alone, memories)):
+        training.fit(model, b, seed=s, memory=memory, **options)
+        torch.testing.assert_close(flat(model), flat(together[s]), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_draws_a_new_dropout_at_every_replay(digits):
+    a = on_a_gpu(digits)
+    flat_images, *rest = net(digits)
+    model = nn.Sequential(flat_images, nn.Dropout(0.5), *rest)
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    losses = [training.fit(model, a, lr=0.0, epochs=80, batch_size=300).loss]
+    losses += [h.loss for h in training.sweep(twins, a, lr=0.0, epochs=80, batch_size=300, seeds=[0, 0])]
+    assert len({loss for row in losses for loss in row}) == 240
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_hold_only_what_does_the_same_at_every_step(digits):
+    class Own(EWC):
+        def pull(self, model, step):
+            pass
+
+    model = net(digits).cuda()
+    assert training._replayable(model, None, "pull", "sgd")
+    assert not training._replayable(model, Own(1.0), "pull", "sgd")
+    assert not training._replayable(Unplain(*model), None, "pull", "sgd")
+    model[1].register_forward_hook(lambda *_: None)
+    assert not training._replayable(model, None, "pull", "sgd")
