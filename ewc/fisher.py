@@ -398,7 +398,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     ]
     try:
         model.eval()
-        with torch.inference_mode(False), torch.enable_grad(), _cudnn(_layers.recurrent(model)):
+        with torch.inference_mode(False), torch.enable_grad(), _full_precision(_layers.recurrent(model)):
             yield
     finally:
         for module, training in modes:
@@ -411,17 +411,20 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _cudnn(recurrent: bool) -> Iterator[None]:
-    """Convolutions in full float32: cuDNN's default, TF32, keeps three digits. And no cuDNN for recurrent layers, of
-    which it has no backward pass in eval mode."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+def _full_precision(recurrent: bool) -> Iterator[None]:
+    """Products and convolutions in full float32, also where the user allows TF32, cuDNN's default, which keeps three
+    digits. And no cuDNN for recurrent layers, of which it has no backward pass in eval mode."""
+    cudnn, kinds = torch.backends.cudnn, (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = cudnn.enabled, [kind.fp32_precision for kind in kinds]
     try:
         cudnn.enabled = cudnn.enabled and not recurrent
-        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
         yield
     finally:
-        cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+        cudnn.enabled = before[0]
+        for kind, precision in zip(kinds, before[1]):
+            kind.fp32_precision = precision
 
 
 def _progress(what: str, total: int | None, unit: str) -> tqdm.tqdm:

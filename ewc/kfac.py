@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc.fisher import _add_over_processes, _cudnn, class_index, unwrap
+from ewc.fisher import _add_over_processes, _full_precision, class_index, unwrap
 
 __all__ = ["KFAC", "Factors", "factors"]
 
@@ -107,7 +107,7 @@ def factors(
     }
     # Examples, then each layer's rows; counted on the host, so that no batch has to wait for the device.
     counts = torch.zeros(1 + len(layers), dtype=kind)
-    with torch.inference_mode(False), curvature.evaluating(model), _cudnn(recurrent=False), torch.enable_grad():
+    with torch.inference_mode(False), curvature.evaluating(model), _full_precision(recurrent=False), torch.enable_grad():
         for x, y in curvature.batches(data, batch_size):
             x, y = curvature.like(x, weight), curvature.whole(y, weight)
             with _recorded(layers) as records:

@@ -107,11 +107,12 @@ def fit(
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    def loss_of(batch: Tensor) -> Tensor:
+    def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
         mine = batch[rank::world]
-        targets = y[mine]
+        inputs, targets = _rows(x, mine), y[mine]
+        outputs = net(inputs) if parameters is None else functional_call(model, parameters, (inputs,))
         # Summed and divided by the whole batch, so that uneven shares weigh as they should.
-        total = cross_entropy(task.masked(net(_rows(x, mine)), targets), targets, reduction="sum")
+        total = cross_entropy(task.masked(outputs, targets), targets, reduction="sum")
         return total * (world / len(batch))
 
     def evaluate() -> list[dict[str, float]]:
@@ -202,15 +203,16 @@ def sweep(
     trained = {name: p for name, p in stacked.items() if own[name].requires_grad}
     shared = len(set(seeds)) == 1
 
-    def logits(inputs: Tensor, in_dim: int | None) -> Tensor:
+    def logits(inputs: Tensor, in_dim: int | None, parameters: dict[str, Tensor] | None = None) -> Tensor:
         def one(parameters, extra, batch):
             values = {place: parameters[name] for place, name in places.items()} | extra
             return functional_call(base, values, (batch,), tie_weights=False)
-        return vmap(one, in_dims=(0, 0, in_dim), randomness="different")(stacked, buffers, inputs)
+        used = stacked | (parameters or {})
+        return vmap(one, in_dims=(0, 0, in_dim), randomness="different")(used, buffers, inputs)
 
-    def loss_of(batch: Tensor) -> Tensor:
+    def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
         targets = y[batch].expand(runs, -1)
-        outputs = task.masked(logits(_rows(x, batch), None if shared else 0), targets)
+        outputs = task.masked(logits(_rows(x, batch), None if shared else 0, parameters), targets)
         each = cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         return each.view(runs, -1).mean(1)
 
@@ -342,6 +344,7 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
         state = {i: {key: torch.empty_like(tensors[i]).copy_(m) if m.dim() else m.clone() for key, m in own.items()}
                  for i, own in moments.items()}
         opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+        opt.param_groups[0]["lr"] = rate  # not a copy of it
     every = every or per_epoch
     latest = [t.detach().clone() for t in kept]
     earlier = [p.clone() for p in latest]
@@ -376,11 +379,25 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
         window.clear()
         return losses.sum(0).double()
 
+    def differentiate(batch: Tensor) -> Tensor:
+        """The losses of a batch; leaves the gradient of their sum with the parameters."""
+        opt.zero_grad(set_to_none=True)
+        if not graph:
+            losses = loss_of(batch, None)
+            losses.sum().backward()
+            return losses.detach()
+        # Autograd remembers of a parameter on which stream it first saw it, and a capture has its own: so each step
+        # has fresh ones that share the memory. The fused step wants gradients that lie in memory as they do.
+        fresh = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        losses = loss_of(batch, fresh)
+        found = torch.autograd.grad(losses.sum(), list(fresh.values()), allow_unused=True)
+        for p, g in zip(tensors, found):
+            p.grad = g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+        return losses.detach()
+
     def advance(batch: Tensor) -> Tensor:
         """One step of the optimiser; the losses of its weights before it, times the examples."""
-        opt.zero_grad(set_to_none=True)
-        loss = loss_of(batch)
-        loss.sum().backward()
+        losses = differentiate(batch)
         if memory is not None:
             memory.record()
             if penalty == "gradient":
@@ -388,7 +405,7 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
         opt.step()
         if memory is not None and penalty == "pull":
             memory.pull(_step_sizes(opt, parameters))
-        return loss.detach() * batch.shape[-1]
+        return losses * batch.shape[-1]
 
     if graph:
         advance = _Replayed(advance, batch_size)
@@ -433,20 +450,14 @@ class _Replayed:
     def __init__(self, step: Callable[[Tensor], Tensor], size: int) -> None:
         self.step, self.size, self.before = step, size, 3
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream = torch.cuda.Stream()
 
     def __call__(self, batch: Tensor) -> Tensor:
         if batch.shape[-1] != self.size or self.before:
             self.before = max(0, self.before - 1)
-            # Beside the main stream, where autograd would leave traces that a capture must not touch.
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                losses = self.step(batch)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return losses
+            return self.step(batch)
         if self.graph is None:
             self.batch, self.graph = batch.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):  # noted, not run
+            with torch.cuda.graph(self.graph):  # noted, not run
                 self.losses = self.step(self.batch)
         self.batch.copy_(batch)
         self.graph.replay()
@@ -454,7 +465,7 @@ class _Replayed:
 
 
 # What a graph may hold: layers whose Python does the same at every step.
-_PLAIN = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Dropout, nn.AvgPool2d, nn.MaxPool2d)
+_PLAIN = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.ReLU, nn.PReLU, nn.Tanh, nn.Dropout, nn.AvgPool2d)
 
 
 def _replayable(model: nn.Module, memory, penalty: str, optimizer: str) -> bool:
@@ -462,7 +473,7 @@ def _replayable(model: nn.Module, memory, penalty: str, optimizer: str) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     plain = all(type(m) in _PLAIN and not any(getattr(m, h) for h in hooks) for m in model.modules())
     parameters = list(model.parameters())
-    if not plain or any(not p.is_cuda or p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+    if not plain or any(not p.is_cuda or p._backward_hooks for p in parameters):
         return False
     if isinstance(memory, KFAC):
         # Several pairs of factors, or a step for each weight, are solved by looking at residuals.

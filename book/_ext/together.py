@@ -23,14 +23,16 @@ from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
-AT_ONCE = min(4, os.cpu_count() or 1)  # each kernel holds PyTorch and a data set in memory: about a gigabyte
+CORES = os.cpu_count() or 1
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+AT_ONCE = max(1, min(CORES, MEMORY // (3 * 2**30)))  # each kernel holds PyTorch and a data set: up to three gigabytes
 
 logger = logging.getLogger(__name__)
 
 
 def share_cores(app: Sphinx, config: Config) -> None:
     """Every kernel gets its share of the cores; more threads than cores would slow all of them down."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // AT_ONCE)))
 
 
 def execute(app: Sphinx, env: BuildEnvironment, pages: list[str]) -> None:
@@ -68,7 +70,9 @@ def execute(app: Sphinx, env: BuildEnvironment, pages: list[str]) -> None:
     async def everything() -> None:
         alone = [path for path, (notebook, _) in due.items() if notebook.metadata.get("alone")]
         places = asyncio.Semaphore(AT_ONCE)
-        await asyncio.gather(*(one(path, places) for path in due if path not in alone))
+        # The longest pages first: they take longest, and no other should be left waiting for them at the end.
+        rest = sorted(set(due) - set(alone), key=lambda path: -path.stat().st_size)
+        await asyncio.gather(*(one(path, places) for path in rest))
         for path in alone:
             await one(path, places)
 
