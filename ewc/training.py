@@ -164,7 +164,8 @@ def sweep(
         models: R networks that differ in their weights only; trained in place.
         task: the data, the same for all runs.
         seeds: R integers, the order of the examples of each run; equal seeds share their batches.
-        memories: R quadratic memories (with ``fisher``, ``theta_star``, ``strength``) or None.
+        memories: R quadratic memories (with ``fisher``, ``theta_star``, ``strength``) or None; or R of `ewc.kfac.KFAC`,
+            each with one pair of factors (of one task, or pooled), for SGD and the pull.
         epochs, steps, batch_size, lr, optimizer, momentum, schedule, penalty, watch, every, moments: as for `fit`.
 
     Returns:
@@ -181,8 +182,17 @@ def sweep(
     if not runs or len(seeds) != runs or len(memories) != runs:
         raise ValueError(f"sweep needs one seed and one memory (or None) per model, but got {runs} models, "
                          f"{len(seeds)} seeds and {len(memories)} memories.")
-    if any(hasattr(m, "record") or (m is not None and not hasattr(m, "fisher")) for m in memories):
+    kronecker = any(isinstance(m, KFAC) for m in memories)
+    if not kronecker and any(hasattr(m, "record") or (m is not None and not hasattr(m, "fisher")) for m in memories):
         raise ValueError("sweep stacks quadratic memories such as EWC and L2; train this one with fit.")
+    if kronecker:
+        simple = all(isinstance(m, KFAC) and len(m.tasks) == 1 for m in memories) and (optimizer, penalty) == ("sgd", "pull")
+        if not simple and any(m is not None and m.tasks for m in memories):
+            raise ValueError("sweep stacks K-FAC memories that all have one pair of factors (of one task, or pooled), for "
+                             "SGD and penalty='pull'; train these with fit.")
+        if any(not p.requires_grad for p in models[0].parameters()):
+            raise ValueError("sweep pulls with K-FAC where no parameter is frozen; train these with fit.")
+        memories = memories if simple else [None] * runs  # before the first task nothing pulls
     _check(task, batch_size)
     x, y = task.train.tensors
     for model in models:
@@ -238,7 +248,7 @@ def sweep(
             size=len(x),
             histories=histories,
             modules=[base],
-            memory=_Stacked(trained, memories) if any(m is not None for m in memories) else None,
+            memory=None if all(m is None for m in memories) else (_Kronecker if kronecker else _Stacked)(trained, memories),
             epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
             schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
             graph=_replayable(base, None, penalty, optimizer),  # the stacked memories do the same at every step
@@ -536,7 +546,8 @@ class _Stacked:
         self.parameters = list(parameters.values())
         self.weights = [torch.zeros_like(p) for p in self.tensors]  # lambda * F, stacked as the parameters are
         self.anchors = [p.clone() for p in self.tensors]
-        self.shares = [torch.empty_like(p) for p in self.tensors]  # memory that `pull` need not ask for at each step
+        self.inverse: list[Tensor] = []  # 1 / (lambda * F), made when it is first asked for
+        self.shares: list[Tensor] = []  # memory that `pull` need not ask for at each step
         for name, weight, anchor in zip(self.names, self.weights, self.anchors):
             for r, memory in enumerate(memories):
                 if memory is not None and name in memory.fisher:  # one that it never saw is free, as in `fit`
@@ -553,14 +564,43 @@ class _Stacked:
         moved = torch._foreach_sub(self.tensors, self.anchors)
         torch._foreach_addcmul_([p.grad for p in self.parameters], self.weights, moved)
 
-    def pull(self, step: float | dict[str, Tensor]) -> None:
-        steps = [step[name] for name in self.names] if isinstance(step, dict) else step
-        torch._foreach_copy_(self.shares, self.weights)
-        torch._foreach_mul_(self.shares, steps)  # w / (1 + w) = 1 / (1 + 1 / w)
-        torch._foreach_reciprocal_(self.shares)
+    def pull(self, step: float | Tensor | dict[str, Tensor]) -> None:
+        if not self.inverse:
+            self.inverse = [w.reciprocal() for w in self.weights]
+            self.shares = [torch.empty_like(w) for w in self.weights]
+        for name, inverse, share in zip(self.names, self.inverse, self.shares):  # w / (1 + w) = 1 / (1 + 1 / w)
+            torch.div(inverse, step[name] if isinstance(step, dict) else step, out=share)
         torch._foreach_add_(self.shares, 1.0)
         torch._foreach_reciprocal_(self.shares)
         torch._foreach_lerp_(self.tensors, self.anchors, self.shares)
+
+
+class _Kronecker:
+    """R memories with one pair of Kronecker factors for each layer, on stacked parameters: `KFAC.pull` for all runs."""
+
+    def __init__(self, parameters: dict[str, Tensor], memories: Sequence[KFAC]) -> None:
+        self.layers = []
+        for layer in memories[0].tasks[0]:
+            prefix = f"{layer}." if layer else ""
+            weight, bias = (parameters.get(prefix + key) for key in ("weight", "bias"))
+            U, V, curvatures = (torch.stack(parts) for parts in zip(*(memory._basis(layer) for memory in memories)))
+            strengths = curvatures.new_tensor([memory.strength for memory in memories])
+            anchor = torch.stack([memory._anchor(layer) for memory in memories])
+            own = weight.detach(), None if bias is None else bias.detach()
+            self.layers.append((*own, anchor, U, V, strengths[:, None, None] * curvatures))
+
+    def record(self) -> None:
+        """Nothing watches the way."""
+
+    @torch.no_grad()
+    def pull(self, step: float | Tensor) -> None:
+        for weight, bias, anchor, U, V, stiffness in self.layers:
+            rows = weight.flatten(2)
+            delta = (rows if bias is None else torch.cat([rows, bias[:, :, None]], 2)) - anchor
+            place = anchor + U @ ((U.mT @ delta @ V) / (1 + step * stiffness)) @ V.mT
+            weight.copy_(place[:, :, : rows.shape[2]].view_as(weight))
+            if bias is not None:
+                bias.copy_(place[:, :, -1])
 
 
 def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool) -> Callable[[int], Tensor]:

@@ -375,9 +375,45 @@ def test_synaptic_intelligence_watches_the_way(digits, letters):
 
 
 def test_sweep_refuses_what_it_cannot_stack(digits):
-    for memory in (relatives.SynapticIntelligence(strength=1.0), kfac.KFAC(strength=1.0)):
-        with pytest.raises(ValueError, match="train this one with fit"):
-            training.sweep([net(digits)], digits, seeds=[0], memories=[memory])
+    memory = relatives.SynapticIntelligence(strength=1.0)
+    with pytest.raises(ValueError, match="train this one with fit"):
+        training.sweep([net(digits)], digits, seeds=[0], memories=[memory])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sweep_with_kronecker_factors_is_fit(digits, letters, bias):
+    options = {"lr": 0.05, "epochs": 4, "batch_size": 64}
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10, bias=bias)) for _ in range(2)]
+    memories = [kfac.KFAC(strength, keep="pooled") for strength in (3.0, 30.0)]
+    together, held = copy.deepcopy(nets), copy.deepcopy(memories)
+    for task in (digits, letters, digits):
+        training.sweep(together, task, seeds=[5, 6], memories=held, **options)
+        for seed, net, twin, memory, other in zip([5, 6], nets, together, memories, held):
+            training.fit(net, task, seed=seed, memory=memory, **options)
+            torch.testing.assert_close(flat(twin), flat(net), rtol=1e-3, atol=1e-4)
+            memory.consolidate(net, task.train)
+            other.consolidate(twin, task.train)
+
+
+def test_sweep_says_which_kronecker_factors_it_cannot_stack(digits, letters):
+    nets, each = [net(digits, s) for s in range(2)], [kfac.KFAC(1.0) for _ in range(2)]
+    for task in (digits, letters):
+        for model, memory in zip(nets, each):
+            memory.consolidate(model, task.train)
+    with pytest.raises(ValueError, match="one pair of factors"):
+        training.sweep(nets, digits, seeds=[0, 1], memories=each)
+    pooled = [kfac.KFAC(1.0, keep="pooled") for _ in nets]
+    for model, memory in zip(nets, pooled):
+        memory.consolidate(model, digits.train)
+    for options in ({"optimizer": "adam"}, {"penalty": "gradient"}):
+        with pytest.raises(ValueError, match="SGD and penalty='pull'"):
+            training.sweep(nets, digits, seeds=[0, 1], memories=pooled, **options)
+    with pytest.raises(ValueError, match="all have one pair"):
+        training.sweep(nets, digits, seeds=[0, 1], memories=[pooled[0], None])
+    for model in nets:
+        model[1].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter is frozen"):
+        training.sweep(nets, digits, seeds=[0, 1], memories=pooled)
 
 
 def test_sweep_with_memories_of_other_weights(digits):
@@ -692,6 +728,19 @@ def test_cuda_sweep_is_fit(digits, letters, penalty, optimizer):
     for s, (model, memory) in enumerate(zip(alone, memories)):
         training.fit(model, b, seed=s, memory=memory, **options)
         torch.testing.assert_close(flat(model), flat(together[s]), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_sweep_with_kronecker_factors_is_fit(digits, letters):
+    a, b = on_a_gpu(digits), on_a_gpu(letters)
+    alone, together = ([net(digits, s).cuda() for s in range(2)] for _ in range(2))
+    memories = [kfac.KFAC(strength) for strength in (3.0, 30.0)]
+    for memory, model in zip(memories, alone):
+        memory.consolidate(model, a.train)
+    training.sweep(together, b, seeds=[0, 1], memories=memories, epochs=30, lr=0.02)
+    for seed, (model, memory, twin) in enumerate(zip(alone, memories, together)):
+        training.fit(model, b, seed=seed, memory=memory, epochs=30, lr=0.02)
+        torch.testing.assert_close(flat(twin), flat(model), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
