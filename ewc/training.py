@@ -72,6 +72,8 @@ def fit(
     :math:`\tfrac{\lambda}{2}\sum_i F_i(\theta_i-\theta^*_i)^2`. For a task with heads the softmax runs
     over the classes of each example's head. Under ``torchrun`` each process
     takes its share of every batch and PyTorch's DistributedDataParallel averages the gradients.
+    On a GPU the step of a network of plain layers (linear, convolution, dropout, ...) without hooks is captured once as
+    a CUDA graph and replayed; other networks train step by step, to the same numbers but for rounding.
 
     Args:
         model: a network with logits of shape ``(n, classes)``; moved to the task's device.

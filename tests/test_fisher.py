@@ -883,21 +883,47 @@ def test_cuda_convolutions_are_in_full_float32():
     assert distance({k: v.double().cpu() for k, v in actual.items()}, expected) < 1e-5
 
 
-def test_precision_of_convolutions_comes_back():
-    seen = []
+@pytest.mark.parametrize("how", ["as it was", "TF32, by the new name", "TF32, by the old name"])
+def test_precision_is_full_inside_and_comes_back(how):
+    seen, kinds = [], (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 
     class Looks(nn.Linear):
         def forward(self, x):
-            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            seen.append([kind.fp32_precision for kind in kinds])
             return super().forward(x)
 
-    before = torch.backends.cudnn.enabled, torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.allow_tf32
-    model, data = Looks(4, 3), (torch.randn(5, 4), torch.randint(3, (5,)))
-    fisher.diagonal(model, data)
-    with pytest.raises(ValueError, match="not finite"):
-        fisher.diagonal(model, (data[0] * torch.inf, data[1]))
-    after = torch.backends.cudnn.enabled, torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.allow_tf32
-    assert after == before and set(seen) == {"ieee"}
+    if how == "TF32, by the new name":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if how == "TF32, by the old name":
+        torch.set_float32_matmul_precision("high")
+    try:
+        before = torch.backends.cudnn.enabled, [kind.fp32_precision for kind in kinds]
+        model, data = Looks(4, 3), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        fisher.diagonal(model, data)
+        with pytest.raises(ValueError, match="not finite"):
+            fisher.diagonal(model, (data[0] * torch.inf, data[1]))
+        after = torch.backends.cudnn.enabled, [kind.fp32_precision for kind in kinds]
+        if how == "TF32, by the old name":
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert seen and all(precisions == ["ieee"] * 3 for precisions in seen)
+    assert after == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_with_tf32_allowed_is_in_full_float32():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 100), nn.Tanh(), nn.Linear(100, 10)).double()
+    x, y = torch.randn(300, 200).double(), torch.randint(10, (300,))
+    expected = fisher.diagonal(model, (x, y))
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        actual = fisher.diagonal(copy.deepcopy(model).float().cuda(), (x.float(), y))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert distance({k: v.double().cpu() for k, v in actual.items()}, expected) < 1e-5
 
 
 def _shard(rank, folder, x, y, cuts):

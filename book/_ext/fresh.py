@@ -76,6 +76,8 @@ def on_config(app: Sphinx, config: Config) -> None:
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(root)]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *others])
     os.environ.setdefault("PYTHONHASHSEED", "0")
+    # On a GPU autograd's thread has no CUDA context yet when it meets cuBLAS first; PyTorch makes one, and says so.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Attempting to run cuBLAS")
     ipython = build / "ipython"  # nobody's start-up files, no chatter on stderr
     (ipython / "profile_default").mkdir(parents=True, exist_ok=True)
     (ipython / "profile_default/ipython_kernel_config.py").write_text("get_config().IPKernelApp.log_level = 40\n")
