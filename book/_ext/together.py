@@ -12,6 +12,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from myst_nb.core.read import create_nb_reader
@@ -26,6 +27,8 @@ from sphinx.util import logging
 CORES = os.cpu_count() or 1
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
 AT_ONCE = max(1, min(CORES, MEMORY // (3 * 2**30)))  # each kernel holds PyTorch and a data set: up to three gigabytes
+if torch.cuda.is_available():  # the largest pages take five to eight gigabytes there, most of them less than three
+    AT_ONCE = max(1, min(AT_ONCE, torch.cuda.get_device_properties(0).total_memory // (5 * 2**30)))
 
 logger = logging.getLogger(__name__)
 
