@@ -234,8 +234,8 @@ class EWC:
 
         Raises:
             ValueError: parameters missing, of another shape or on another device; a single step that is negative or
-                not finite; no step for a parameter. Steps by name, and tensors, are taken as they are: to look at their
-                values would make every step wait for the device.
+                not finite; no step for a parameter. Steps by name, and tensors on a GPU, are taken as they are: to look at
+                their values would make every step wait for the device.
 
         Implements: eq-proximal
         """
@@ -250,14 +250,16 @@ class EWC:
             if missing:
                 raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
             shares = self._springs.shares_of_each([step.get(name, 0.0) for name in self.fisher], self.strength)
-        elif isinstance(step, Tensor):
-            shares = self._springs.shares_of_each([step] * len(fisher), self.strength)
         else:
-            if not (math.isfinite(step) and step >= 0):
+            on_gpu = isinstance(step, Tensor) and step.is_cuda
+            if not on_gpu and not (math.isfinite(step) and step >= 0):
                 raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
-            if step * self.strength == 0:
+            if isinstance(step, Tensor):
+                shares = self._springs.shares_of_each([step] * len(fisher), self.strength)
+            elif step * self.strength == 0:
                 return
-            shares = self._springs.shares(step * self.strength)
+            else:
+                shares = self._springs.shares(step * self.strength)
         used = [i for i, p in enumerate(parameters) if p.requires_grad]
         if used:
             if any(p.dtype != s.dtype for p, s in zip(parameters, star)):  # converted since, as by model.double()

@@ -424,7 +424,9 @@ def _full_precision(recurrent: bool) -> Iterator[None]:
     finally:
         cudnn.enabled = before[0]
         for kind, precision in zip(kinds, before[1]):
-            kind.fp32_precision = precision
+            kind.fp32_precision = "none"  # as the general setting says, if that is what it was
+            if kind.fp32_precision != precision:
+                kind.fp32_precision = precision
 
 
 def _progress(what: str, total: int | None, unit: str) -> tqdm.tqdm:

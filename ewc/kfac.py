@@ -312,8 +312,8 @@ class KFAC:
 
         Args:
             model: the network being trained.
-            step: s, the learning rate, a number or a tensor with one, which is taken as it is; or parameter name -> s, a
-                number or a tensor of the parameter's shape.
+            step: s, the learning rate, a number or a tensor with one, which on a GPU is taken as it is; or parameter name
+                -> s, a number or a tensor of the parameter's shape.
 
         Raises:
             ValueError: a negative or non-finite step, one that is missing, or a model that is not the stored
@@ -589,12 +589,13 @@ def _parts(layer: nn.Module, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]
 def _step(layer: nn.Module, name: str, step: float | Tensor | Mapping[str, Tensor]) -> float | Tensor:
     """The step as a number or, if it differs between weights, as a matrix of the layer's shape.
 
-    A number stays on the host: to ask a tensor on a GPU for its value would stop the queue at every step.
+    A number stays where it is: to ask a tensor on a GPU for its value would stop the queue at every step.
     """
     prefix = f"{name}." if name else ""
     own = dict(layer.named_parameters(recurse=False))
-    if isinstance(step, Tensor) and all(p.requires_grad for p in own.values()):
-        return step
+    if isinstance(step, Tensor) and not step.dim() and all(p.requires_grad for p in own.values()):
+        if step.is_cuda or (step.isfinite() and step >= 0):
+            return step
     if not isinstance(step, Mapping) and not all(p.requires_grad for p in own.values()):
         step = dict.fromkeys((prefix + key for key in own), float(step))  # what is frozen takes a step of its own: 0
     if isinstance(step, Mapping):

@@ -134,7 +134,10 @@ class SynapticIntelligence(_Relative):
                 self._path["work"][name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             self._close(name, p)
             gradient = self._path["gradient"][name]  # written in place, so that a CUDA graph can do it again
-            gradient.zero_() if p.grad is None else gradient.copy_(p.grad)
+            if p.grad is None:
+                gradient.zero_()
+            else:
+                gradient.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
 
     def _close(self, name: str, p: Tensor) -> None:
         """Credits the move since the last record with the fall promised there."""

@@ -73,7 +73,8 @@ def fit(
     over the classes of each example's head. Under ``torchrun`` each process
     takes its share of every batch and PyTorch's DistributedDataParallel averages the gradients.
     On a GPU the step of a network of plain layers (linear, convolution, dropout, ...) without hooks is captured once as
-    a CUDA graph and replayed; other networks train step by step, to the same numbers but for rounding.
+    a CUDA graph and replayed, if there are more than fifty; other networks train step by step, to the same numbers but
+    for rounding. After a replay no gradient is left in ``.grad``.
 
     Args:
         model: a network with logits of shape ``(n, classes)``; moved to the task's device.
@@ -108,11 +109,16 @@ def fit(
     model.to(x.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    places = {place: name for place, (name, _) in curvature.places(unwrap(model)).items()}
 
     def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
         mine = batch[rank::world]
         inputs, targets = _rows(x, mine), y[mine]
-        outputs = net(inputs) if parameters is None else functional_call(model, parameters, (inputs,))
+        if parameters is None:
+            outputs = net(inputs)
+        else:
+            values = {place: parameters[name] for place, name in places.items() if name in parameters}
+            outputs = functional_call(model, values, (inputs,), tie_weights=False)
         # Summed and divided by the whole batch, so that uneven shares weigh as they should.
         total = cross_entropy(task.masked(outputs, targets), targets, reduction="sum")
         return total * (world / len(batch))
@@ -133,7 +139,7 @@ def fit(
         memory=_Single(model, memory) if memory is not None else None,
         epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
         schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
-        graph=world == 1 and _replayable(model, memory, penalty, optimizer),
+        graph=world == 1 and _has_graphs(x.device) and _replayable(model, task, memory, penalty, optimizer),
     )
     return history
 
@@ -176,7 +182,8 @@ def sweep(
     Raises:
         NonFiniteLoss: as for `fit`; names the run as well. All models are left with the last
             weights at which every loss was finite.
-        ValueError: lists of different lengths, a memory of other networks, or options unknown to `fit`.
+        ValueError: lists of different lengths, a memory of other networks, options unknown to `fit`, or K-FAC memories
+            with several pairs of factors, beside others, for another optimiser or penalty, or with frozen parameters.
     """
     models = [unwrap(model) for model in models]
     runs = len(models)
@@ -188,13 +195,13 @@ def sweep(
     if not kronecker and any(hasattr(m, "record") or (m is not None and not hasattr(m, "fisher")) for m in memories):
         raise ValueError("sweep stacks quadratic memories such as EWC and L2; train this one with fit.")
     if kronecker:
-        simple = all(isinstance(m, KFAC) and len(m.tasks) == 1 for m in memories) and (optimizer, penalty) == ("sgd", "pull")
-        if not simple and any(m is not None and m.tasks for m in memories):
+        pairs = {len(m.tasks) if isinstance(m, KFAC) else None for m in memories}
+        if pairs not in ({0}, {1}) or (optimizer, penalty) != ("sgd", "pull"):
             raise ValueError("sweep stacks K-FAC memories that all have one pair of factors (of one task, or pooled), for "
                              "SGD and penalty='pull'; train these with fit.")
         if any(not p.requires_grad for p in models[0].parameters()):
             raise ValueError("sweep pulls with K-FAC where no parameter is frozen; train these with fit.")
-        memories = memories if simple else [None] * runs  # before the first task nothing pulls
+        memories = memories if pairs == {1} else [None] * runs  # before the first task nothing pulls
     _check(task, batch_size)
     x, y = task.train.tensors
     for model in models:
@@ -253,7 +260,7 @@ def sweep(
             memory=None if all(m is None for m in memories) else (_Kronecker if kronecker else _Stacked)(trained, memories),
             epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
             schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
-            graph=_replayable(base, None, penalty, optimizer),  # the stacked memories do the same at every step
+            graph=_has_graphs(x.device) and _replayable(base, task, None, penalty, optimizer),  # stacked memories are plain
         )
     finally:
         with torch.no_grad():
@@ -292,7 +299,8 @@ def run(
         shape ``(T, T)``, or ``(R, T, T)`` for R models.
 
     Raises:
-        ValueError: the checkpoint belongs to another run; one seed or memory for several models.
+        ValueError: the checkpoint belongs to another run; one seed or memory for several models; K-FAC memories that
+            keep each task's factors, for several models and more than two tasks.
     """
     many = isinstance(model, (list, tuple))
     models = list(model) if many else [model]
@@ -301,6 +309,8 @@ def run(
             raise ValueError(f"{len(models)} models need a list of one {what} each; got {given!r}.")
     memories = list(memory) if many and memory is not None else [memory] * len(models)
     seeds = list(seed) if many else [seed]
+    if many and len(tasks) > 2 and any(isinstance(m, KFAC) and m.keep == "each" for m in memories):
+        raise ValueError("Many models train as a sweep, which needs K-FAC memories with one pair of factors: keep='pooled'.")
     names = [t.name for t in tasks]
     matrix = torch.full((len(models), len(tasks), len(tasks)), math.nan, dtype=torch.float64)
     moments = {} if keep_moments else None
@@ -340,17 +350,21 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
     _choose("optimizer", optimizer, ("sgd", "adam"))
     per_epoch = math.ceil(size / batch_size)
     total = epochs * per_epoch if steps is None else steps
-    graph = graph and total > CHECK_EVERY  # a capture takes as long as some tens of steps
+    # Fused steps go through all their tensors in one order, which gaps between the numbers would break.
+    dense = all(torch.empty_like(p).stride() == p.stride() for p in tensors)
+    graph = graph and dense and total > CHECK_EVERY  # a capture takes as long as some tens of steps
     # A graph's kernels are told their rate by a tensor, which may change from step to step.
-    rate = torch.tensor(lr, device=tensors[0].device) if graph else lr
+    rate = torch.tensor(lr, dtype=torch.float32, device=tensors[0].device) if graph else lr
     if optimizer == "sgd":
         opt = torch.optim.SGD(tensors, lr=rate, momentum=momentum, foreach=not graph, fused=graph)
     else:
         # Fused: one pass over its four tensors, not five. Without a graph a GPU would be waited for at every step,
         # because the fused step count lies there.
-        fused = graph or tensors[0].device.type == "cpu"
+        fused = graph or (dense and tensors[0].device.type == "cpu")
         opt = torch.optim.Adam(tensors, lr=rate, fused=fused, foreach=not fused, capturable=graph)
     if moments:
+        if any(i >= len(tensors) or (m.dim() and m.shape != tensors[i].shape) for i, own in moments.items() for m in own.values()):
+            raise ValueError("These moments belong to other parameters; give every run an empty dict of its own.")
         # A copy: the optimiser writes into its state. It lies in memory as the parameters do, since the fused step
         # goes through all of them in one order. The rate is this run's, not the last one's.
         state = {i: {key: torch.empty_like(tensors[i]).copy_(m) if m.dim() else m.clone() for key, m in own.items()}
@@ -469,8 +483,8 @@ class _Replayed:
             return self.step(batch)
         if self.graph is None:
             self.batch, self.graph = batch.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # noted, not run
-                self.losses = self.step(self.batch)
+            with torch.cuda.device(batch.device), torch.cuda.graph(self.graph, stream=torch.cuda.Stream(batch.device)):
+                self.losses = self.step(self.batch)  # noted, not run
         self.batch.copy_(batch)
         self.graph.replay()
         return self.losses.clone()
@@ -480,12 +494,20 @@ class _Replayed:
 _PLAIN = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.ReLU, nn.PReLU, nn.Tanh, nn.Dropout, nn.AvgPool2d)
 
 
-def _replayable(model: nn.Module, memory, penalty: str, optimizer: str) -> bool:
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.is_anomaly_enabled()  # which looks at values in the middle of a step
+
+
+def _replayable(model: nn.Module, task: Task, memory, penalty: str, optimizer: str) -> bool:
     """Can a step be captured once and replayed, and would the next one do the same?"""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    plain = all(type(m) in _PLAIN and not any(getattr(m, h) for h in hooks) for m in model.modules())
+    for module in model.modules():
+        if type(module) not in _PLAIN or "forward" in vars(module) or any(getattr(module, h) for h in hooks):
+            return False
     parameters = list(model.parameters())
-    if not plain or any(not p.is_cuda or p._backward_hooks for p in parameters):
+    if type(task) is not Task or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+        return False
+    if memory is not None and {"pull", "add_gradient", "record"} & vars(memory).keys():
         return False
     if isinstance(memory, KFAC):
         # Several pairs of factors, or a step for each weight, are solved by looking at residuals.
@@ -495,8 +517,8 @@ def _replayable(model: nn.Module, memory, penalty: str, optimizer: str) -> bool:
         return True
     kind = type(memory)
     record = getattr(kind, "record", SynapticIntelligence.record)
-    return (isinstance(memory, EWC) and kind.pull is EWC.pull and kind.add_gradient is EWC.add_gradient
-            and record is SynapticIntelligence.record)
+    return (isinstance(memory, EWC) and kind.strength is EWC.strength and kind.pull is EWC.pull
+            and kind.add_gradient is EWC.add_gradient and record is SynapticIntelligence.record)
 
 
 def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> float | Tensor | dict[str, Tensor]:
@@ -516,8 +538,8 @@ def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> fl
         if not state:  # it never had a gradient, so it has not moved
             sizes[name] = torch.zeros_like(p)
             continue
-        taken = state["step"]  # on a GPU it stays there
-        correction = 1 - group["betas"][1] ** (taken.double() if taken.is_cuda else float(taken))
+        taken = state["step"]
+        correction = 1 - group["betas"][1] ** (taken.double() if group["capturable"] else float(taken))
         sizes[name] = lr / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
     return sizes
 
@@ -588,8 +610,10 @@ class _Kronecker:
             U, V, curvatures = (torch.stack(parts) for parts in zip(*(memory._basis(layer) for memory in memories)))
             strengths = curvatures.new_tensor([memory.strength for memory in memories])
             anchor = torch.stack([memory._anchor(layer) for memory in memories])
+            fixed = anchor, U, V, strengths[:, None, None] * curvatures
+            kind = torch.promote_types(weight.dtype, torch.float32)  # sums of products overflow in half precision
             own = weight.detach(), None if bias is None else bias.detach()
-            self.layers.append((*own, anchor, U, V, strengths[:, None, None] * curvatures))
+            self.layers.append((*own, *(part.to(weight.device, kind) for part in fixed)))
 
     def record(self) -> None:
         """Nothing watches the way."""
@@ -599,7 +623,7 @@ class _Kronecker:
         for weight, bias, anchor, U, V, stiffness in self.layers:
             rows = weight.flatten(2)
             delta = (rows if bias is None else torch.cat([rows, bias[:, :, None]], 2)) - anchor
-            place = anchor + U @ ((U.mT @ delta @ V) / (1 + step * stiffness)) @ V.mT
+            place = anchor + U @ ((U.mT @ delta @ V) / (1 + step * stiffness)) @ V.mT  # `delta` has the anchor's type
             weight.copy_(place[:, :, : rows.shape[2]].view_as(weight))
             if bias is not None:
                 bias.copy_(place[:, :, -1])

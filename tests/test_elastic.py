@@ -530,7 +530,16 @@ def test_unknown_options(options, message):
         EWC(1.0, **options)
 
 
-@pytest.mark.parametrize("step", [-0.1, math.nan, math.inf])
+def test_a_step_may_be_a_tensor_with_one_number():
+    memory, model = consolidated(), network()
+    twin = copy.deepcopy(model)
+    memory.pull(model, 0.3)
+    memory.pull(twin, torch.tensor(0.3))
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.allclose(p, q, rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [-0.1, math.nan, math.inf, torch.tensor(-0.1), torch.tensor(math.nan)])
 def test_step_must_be_finite_and_not_negative(step):
     with pytest.raises(ValueError, match="learning rate"):
         consolidated().pull(network(), step)

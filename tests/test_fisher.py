@@ -912,6 +912,19 @@ def test_precision_is_full_inside_and_comes_back(how):
     assert after == before
 
 
+def test_the_general_setting_of_precision_still_holds_afterwards():
+    kind, before = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        inherited = kind.fp32_precision
+        fisher.diagonal(nn.Linear(4, 3), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])))
+        assert kind.fp32_precision == inherited
+        torch.backends.fp32_precision = "ieee"
+        assert kind.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_with_tf32_allowed_is_in_full_float32():
     torch.manual_seed(0)

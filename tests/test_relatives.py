@@ -435,3 +435,21 @@ def test_memory_aware_synapses_need_one_output():
 
     with pytest.raises(ValueError, match="returned a tuple: it must return one tensor"):
         MemoryAwareSynapses(strength=1.0).consolidate(Pair(3, 2), (torch.randn(4, 3), torch.zeros(4)))
+
+
+def test_synaptic_intelligence_with_sparse_gradients():
+    def importances(sparse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 3))
+        memory, optimizer = SynapticIntelligence(1.0), torch.optim.SGD(model.parameters(), lr=0.1)
+        words, y = torch.randint(20, (8, 3)), torch.randint(3, (8,))
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(words), y).backward()
+            memory.record(model)
+            optimizer.step()
+        memory.consolidate(model)
+        return memory.fisher
+
+    dense = importances(False)
+    assert all(torch.allclose(value, dense[name], atol=1e-6) for name, value in importances(True).items())

@@ -9,6 +9,8 @@ import torch
 import tqdm
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from benchmarks.training import epoch_by_hand
@@ -670,22 +672,216 @@ def three_lessons(model, memory, tasks, penalty, optimizer):
     return flat(model)
 
 
+class Unplain(nn.Sequential):
+    """To `fit` a network of unknown kind, of which no step is captured."""
+
+
+class Tape(TorchDispatchMode):
+    """Notes every operation with its arguments: what a CUDA graph keeps of a step, Python's numbers baked in."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+
+class OnTape(training._Replayed):
+    """Replays the tape into the memory that the captured step wrote to."""
+
+    replays = 0
+
+    def __call__(self, batch):
+        if batch.shape[-1] != self.size or self.before:
+            self.before = max(0, self.before - 1)
+            return self.step(batch)
+        if self.graph is None:
+            self.batch, self.graph = batch.clone(), Tape()
+            with self.graph:
+                self.losses = self.step(self.batch)
+            return self.losses.clone()
+        self.batch.copy_(batch)
+        type(self).replays += 1
+        with torch.no_grad():
+            for operation, args, kwargs, out in self.graph.calls:
+                again = operation(*args, **kwargs)
+                for old, new in zip(tree_leaves(out), tree_leaves(again)):
+                    if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                        old.copy_(new)
+        return self.losses.clone()
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """As on a GPU, with the tape for the graph; counts the replays."""
+    monkeypatch.setattr(training, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(training, "_Replayed", OnTape)
+    monkeypatch.setattr(OnTape, "replays", 0)
+    return OnTape
+
+
 @pytest.mark.parametrize("name", MEMORIES)
 @pytest.mark.parametrize("penalty", ["pull", "gradient"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_the_step_that_a_gpu_captures_is_the_plain_one(digits, letters, monkeypatch, name, penalty, optimizer):
-    """Rates in a tensor, parameters made afresh, everything fused: on a processor without a graph."""
-    plain = three_lessons(net(digits), MEMORIES[name](), (digits, letters, digits), penalty, optimizer)
-    taken = []
-    monkeypatch.setattr(training, "_replayable", lambda *_: True)
-    monkeypatch.setattr(training, "_Replayed", lambda step, size: lambda batch: (taken.append(1), step(batch))[1])
-    other = three_lessons(net(digits), MEMORIES[name](), (digits, letters, digits), penalty, optimizer)
-    assert len(taken) == 3 * 12 * 5
+def test_a_replayed_step_is_the_plain_one(digits, letters, request, name, penalty, optimizer):
+    lessons = digits, letters, digits
+    plain = three_lessons(net(digits), MEMORIES[name](), lessons, penalty, optimizer)
+    taped = request.getfixturevalue("taped")
+    other = three_lessons(net(digits), MEMORIES[name](), lessons, penalty, optimizer)
+    captured = 0 if name == "K-FAC" and (optimizer, penalty) != ("sgd", "pull") else 3
+    assert taped.replays == captured * (4 * 12 - 4)
     torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-4)
 
 
-class Unplain(nn.Sequential):
-    """To `fit` a network of unknown kind, of which no step is captured."""
+@pytest.mark.parametrize("seeds", [[1, 2], [1, 1]])
+@pytest.mark.parametrize("name", ["none", "EWC", "L2", "K-FAC"])
+def test_a_replayed_sweep_is_the_plain_one(digits, letters, request, name, seeds):
+    def lessons():
+        nets, memories = [net(digits, s) for s in (3, 4)], [MEMORIES[name]() for _ in range(2)]
+        for task in (digits, letters, digits):
+            training.sweep(nets, task, seeds=seeds, memories=memories, lr=0.02, epochs=12, batch_size=64)
+            for model, memory in zip(nets, memories):
+                if memory is not None:
+                    memory.consolidate(model, task.train)
+        return torch.cat([flat(model) for model in nets])
+
+    plain = lessons()
+    taped = request.getfixturevalue("taped")
+    torch.testing.assert_close(lessons(), plain, rtol=1e-3, atol=1e-4)
+    assert taped.replays == 3 * (4 * 12 - 4)
+
+
+class Twice(nn.Sequential):
+    """One layer at two places."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        hidden = nn.Linear(16, 16)
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), hidden, nn.ReLU(), hidden, nn.ReLU(), nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("name", ["none", "EWC", "SI"])
+@pytest.mark.parametrize("penalty", ["pull", "gradient"])
+def test_a_replayed_step_of_a_layer_at_two_places(digits, letters, request, monkeypatch, name, penalty):
+    plain = three_lessons(Twice(), MEMORIES[name](), (digits, letters), penalty, "sgd")
+    taped = request.getfixturevalue("taped")
+    monkeypatch.setattr(training, "_PLAIN", (*training._PLAIN, Twice))
+    model = Twice()
+    torch.testing.assert_close(three_lessons(model, MEMORIES[name](), (digits, letters), penalty, "sgd"), plain, rtol=1e-3, atol=1e-4)
+    assert taped.replays and all(isinstance(p, nn.Parameter) for p in model.parameters()) and model[2] is model[4]
+
+
+@pytest.mark.parametrize("options", [{"lr": 1, "momentum": 0.0}, {"lr": 1e-3, "optimizer": "adam"}], ids=["sgd", "adam"])
+def test_replays_of_runs_that_end_in_the_middle_of_an_epoch(digits, letters, request, options):
+    """In double precision, a layer's bias frozen, Adam's moments carried on; a rate of 1 is a number like any other."""
+    def lessons():
+        model, moments = net(digits).double(), {}
+        model[1].bias.requires_grad_(False)
+        for task, steps in ((digits, 70), (letters, 20), (digits, 90)):  # twenty are too few for a graph
+            x, y = task.train.tensors
+            task = replace(task, train=TensorDataset(x.double(), y))
+            training.fit(model, task, steps=steps, batch_size=64, schedule=None, moments=moments, **options)
+        return flat(model)
+
+    plain = lessons()
+    taped = request.getfixturevalue("taped")
+    torch.testing.assert_close(lessons(), plain, rtol=1e-6, atol=1e-7)
+    assert taped.replays == 4 * 70 // 5 + 4 * 90 // 5 - 2 * 4
+
+
+def test_a_bad_loss_among_replays_stops_with_sound_weights(digits, taped):
+    model = net(digits)
+    with pytest.raises(training.NonFiniteLoss):
+        training.fit(model, digits, lr=1e12, epochs=60, batch_size=64, schedule=None)
+    assert flat(model).isfinite().all()
+
+
+def test_what_python_does_at_every_step_is_not_captured(digits):
+    """Or it would be done once, and its numbers kept."""
+    def can(model=None, task=digits, memory=None, penalty="pull", optimizer="sgd"):
+        return training._replayable(model or net(digits), task, memory, penalty, optimizer)
+
+    class Own(EWC):
+        def pull(self, model, step):
+            pass
+
+    class Rising(EWC):
+        strength = property(lambda self: 1.0, lambda self, value: None)
+
+    class Batched(EWC):
+        def consolidate(self, model, data=None, **options):
+            pass
+
+    class OtherTask(tasks.Task):
+        pass
+
+    assert can() and can(memory=EWC(1.0)) and can(memory=Batched(1.0)) and can(memory=kfac.KFAC(1.0))
+    assert not can(memory=Own(1.0)) and not can(memory=Rising(1.0))
+    assert not can(memory=kfac.KFAC(1.0), optimizer="adam") and not can(memory=kfac.KFAC(1.0), penalty="gradient")
+    assert not can(task=OtherTask(**{f: getattr(digits, f) for f in digits.__dataclass_fields__}))
+    changed = EWC(1.0)
+    changed.pull = lambda model, step: None
+    assert not can(memory=changed)
+    for spoil in (
+        lambda model: model[1].register_forward_hook(lambda *_: None),
+        lambda model: model[1].weight.register_hook(lambda grad: None),
+        lambda model: model[1].weight.register_post_accumulate_grad_hook(lambda p: None),
+        lambda model: setattr(model[2], "forward", lambda x: x),
+    ):
+        model = net(digits)
+        spoil(model)
+        assert not can(model)
+    assert not can(Unplain(*net(digits)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sweep_with_kronecker_factors_in_another_precision(digits, letters, dtype):
+    nets = [net(digits, s) for s in range(2)]
+    memories = [kfac.KFAC(3.0) for _ in nets]
+    for model, memory in zip(nets, memories):
+        memory.consolidate(model, digits.train)
+    x, y = letters.train.tensors
+    task = replace(letters, train=TensorDataset(x.to(dtype), y))
+    nets = [model.to(dtype) for model in nets]
+    alone = copy.deepcopy(nets)
+    training.sweep(nets, task, seeds=[0, 1], memories=memories, epochs=2, lr=0.02)
+    for seed, (model, memory, twin) in enumerate(zip(alone, memories, nets)):
+        training.fit(model, task, seed=seed, memory=memory, epochs=2, lr=0.02)
+        loose = {"rtol": 0.1, "atol": 0.02} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(flat(twin), flat(model), **loose)
+
+
+def test_moments_of_other_weights_are_refused(digits):
+    small, moments = models.mlp(digits.features, [1, 1], digits.classes, seed=0), {}
+    training.fit(small, digits, epochs=1, moments=moments)
+    with pytest.raises(ValueError, match="moments belong to other parameters"):
+        training.fit(net(digits), digits, epochs=1, moments=moments)
+    with pytest.raises(ValueError, match="moments belong to other parameters"):
+        training.sweep([copy.deepcopy(small) for _ in range(2)], digits, seeds=[0, 1], epochs=1, moments=moments)
+
+
+def test_run_of_many_says_early_that_factors_are_to_be_pooled(digits, letters):
+    nets = [net(digits, s) for s in range(2)]
+    before = torch.cat([flat(model) for model in nets])
+    with pytest.raises(ValueError, match="keep='pooled'"):
+        training.run(nets, [digits, letters, digits], [kfac.KFAC(1.0) for _ in nets], seed=[0, 1], epochs=1)
+    with pytest.raises(ValueError, match="SGD and penalty='pull'"):
+        training.run(nets, [digits, letters], [kfac.KFAC(1.0) for _ in nets], seed=[0, 1], epochs=1, optimizer="adam")
+    assert torch.equal(torch.cat([flat(model) for model in nets]), before)
+
+
+def test_adam_on_parameters_with_gaps_in_memory(digits):
+    """A fused step would go through the gaps as well."""
+    gapped, plain = net(digits), net(digits)
+    wide = torch.zeros(16, 128)
+    wide[:, ::2] = gapped[1].weight.detach()
+    gapped[1].weight = nn.Parameter(wide[:, ::2])
+    for model in (gapped, plain):
+        training.fit(model, digits, epochs=2, lr=0.01, optimizer="adam")
+    torch.testing.assert_close(flat(gapped), flat(plain), rtol=1e-4, atol=1e-5)
 
 
 def on_a_gpu(task):
@@ -752,17 +948,3 @@ def test_cuda_draws_a_new_dropout_at_every_replay(digits):
     losses = [training.fit(model, a, lr=0.0, epochs=80, batch_size=300).loss]
     losses += [h.loss for h in training.sweep(twins, a, lr=0.0, epochs=80, batch_size=300, seeds=[0, 0])]
     assert len({loss for row in losses for loss in row}) == 240
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_graphs_hold_only_what_does_the_same_at_every_step(digits):
-    class Own(EWC):
-        def pull(self, model, step):
-            pass
-
-    model = net(digits).cuda()
-    assert training._replayable(model, None, "pull", "sgd")
-    assert not training._replayable(model, Own(1.0), "pull", "sgd")
-    assert not training._replayable(Unplain(*model), None, "pull", "sgd")
-    model[1].register_forward_hook(lambda *_: None)
-    assert not training._replayable(model, None, "pull", "sgd")

@@ -24,7 +24,7 @@ from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
-CORES = os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
 AT_ONCE = max(1, min(CORES, MEMORY // (3 * 2**30)))  # each kernel holds PyTorch and a data set: up to three gigabytes
 if torch.cuda.is_available():  # the largest pages take five to eight gigabytes there, most of them less than three
