@@ -6,6 +6,7 @@ what the rules of a parameter's calls have in common decides how the squares are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 
+@functools.cache
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type that sums are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -205,8 +205,9 @@ class Engine:
         rest = [name for name in self.wanted if name in used and name not in sums]
         sums |= self._per_example([name for name in rest if name not in self.looped], x, vectors)
         sums |= self._one_by_one([name for name in rest if name not in sums], x, vectors)
-        for name, value in sums.items():
-            self.totals[name] += value.reshape(self.totals[name].shape)
+        if sums:
+            parts = [value.reshape(self.totals[name].shape) for name, value in sums.items()]
+            torch._foreach_add_([self.totals[name] for name in sums], parts)
 
     def _closed(self, owners: dict[str, list[Call]], z: Tensor, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         forms = closed_forms(owners, self.wanted, len(z), self.budget)
@@ -291,10 +292,10 @@ class Engine:
                     raise RuntimeError(
                         f"No gradients per example for {', '.join(map(repr, names))}: autograd failed with: {error}"
                     ) from error
-                for n, g in zip(names, grads):
-                    if g is not None:
-                        g = (g.to_dense() if g.is_sparse else g).to(sums[n].dtype)
-                        sums[n].addcmul_(g, g)
+                known = {n: g.to_dense() if g.is_sparse else g for n, g in zip(names, grads) if g is not None}
+                if known:
+                    wide = [g.to(sums[n].dtype) for n, g in known.items()]
+                    torch._foreach_addcmul_([sums[n] for n in known], wide, wide)
         return sums
 
     def _check_alone(self, one: Tensor, among: Tensor) -> None:
@@ -318,11 +319,14 @@ class Engine:
         owners, _ = closed_calls(z, calls, self.names)
         fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
         truth = self._one_by_one(list(self.wanted), x, v, z.detach())
-        size = dict(zip(truth, numbers([t.norm() for t in truth.values()])))
+        size = dict(zip(truth, numbers(torch._foreach_norm(list(truth.values())))))
         scale = max(size[name] / math.sqrt(max(1, t.numel())) for name, t in truth.items())
 
         def differing(values: dict[str, Tensor]) -> set[str]:
-            far = numbers([torch.dist(part.reshape(truth[name].shape), truth[name]) for name, part in values.items()])
+            if not values:
+                return set()
+            parts = [part.reshape(truth[name].shape) for name, part in values.items()]
+            far = numbers(torch._foreach_norm(torch._foreach_sub(parts, [truth[name] for name in values])))
             wrong = set()
             for name, distance in zip(values, far):
                 dtype = self.wanted[name].dtype

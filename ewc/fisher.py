@@ -13,6 +13,7 @@ over positions, and labels at different positions are independent given the inpu
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -308,14 +309,14 @@ def _check_logits(z: Tensor, labels: Tensor) -> None:
             f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(z.shape)}; as in torch's "
             "cross_entropy, axis 1 of the logits runs over the classes and the other axes are those of the labels."
         )
-    good = [torch.isfinite(z).all()]
+    sound = [z.sum(dtype=torch.float64)]  # finite if all of them are
     if not labels.is_floating_point():
         in_range = (labels >= 0) & (labels < z.shape[1])
-        good.append((in_range if labels.dim() == 1 else in_range | (labels == IGNORED)).all())
-    good = _layers.numbers(good)
-    if not good[0]:
+        sound.append((in_range if labels.dim() == 1 else in_range | (labels == IGNORED)).all().double())
+    total, *in_range = _layers.numbers(sound)
+    if not math.isfinite(total):
         raise ValueError("The model's logits are not finite; check its weights and the scale of the inputs.")
-    if not all(good):
+    if not all(in_range):
         used = labels if labels.dim() == 1 else labels[labels != IGNORED]
         raise ValueError(
             f"Labels run from {int(used.min())} to {int(used.max())}, but the model has {z.shape[1]} classes: "
@@ -376,12 +377,12 @@ def _mean(engine: _layers.Engine) -> dict[str, Tensor]:
     """Sums divided by the count, both over all the processes of the group."""
     count = torch.tensor(engine.count, dtype=torch.int64, device=engine.device)
     _add_over_processes(count, *engine.totals.values())
-    fisher = {name: total / count for name, total in engine.totals.items()}
-    counted, *finite = _layers.numbers([count > 0, *(torch.isfinite(value).all() for value in fisher.values())])
+    fisher = dict(zip(engine.totals, torch._foreach_div(list(engine.totals.values()), count)))
+    counted, *traces = _layers.numbers([count.double(), *(value.sum(dtype=torch.float64) for value in fisher.values())])
     if not counted:
         raise ValueError("The data hold no example; the Fisher information is a mean over at least one.")
-    for name, good in zip(fisher, finite):
-        if not good:
+    for name, trace in zip(fisher, traces):
+        if not math.isfinite(trace):
             raise ValueError(f"The Fisher information of {name!r} is not finite; the gradients overflow.")
     return fisher
 
