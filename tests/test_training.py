@@ -792,6 +792,30 @@ def test_replays_of_runs_that_end_in_the_middle_of_an_epoch(digits, letters, req
     assert taped.replays == 4 * 70 // 5 + 4 * 90 // 5 - 2 * 4
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_replayed_sweep_of_convolutions_is_the_plain_one(digits, request, optimizer):
+    """Whose gradients lie in memory in their own way, while a fused step goes through all its tensors in one order."""
+    def lesson():
+        torch.manual_seed(0)
+        nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 10)) for _ in range(2)]
+        training.sweep(nets, digits, seeds=[1, 2], lr=1e-3, optimizer=optimizer, epochs=12, batch_size=64)
+        return torch.cat([flat(model) for model in nets])
+
+    plain = lesson()
+    taped = request.getfixturevalue("taped")
+    torch.testing.assert_close(lesson(), plain, rtol=1e-3, atol=1e-4)
+    assert taped.replays
+
+
+def test_after_replays_no_gradient_is_left_and_the_rate_was_in_single_precision(digits, taped, monkeypatch):
+    rates, SGD = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: (rates.append(options["lr"]), SGD(*args, **options))[1])
+    model = net(digits)
+    training.fit(model, digits, lr=1, epochs=30)
+    assert taped.replays and all(p.grad is None for p in model.parameters())
+    assert rates[0].dtype == torch.float32  # which is what the fused kernels read, also for other weights
+
+
 def test_a_bad_loss_among_replays_stops_with_sound_weights(digits, taped):
     model = net(digits)
     with pytest.raises(training.NonFiniteLoss):
@@ -873,15 +897,18 @@ def test_run_of_many_says_early_that_factors_are_to_be_pooled(digits, letters):
     assert torch.equal(torch.cat([flat(model) for model in nets]), before)
 
 
-def test_adam_on_parameters_with_gaps_in_memory(digits):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_parameters_with_gaps_in_memory(digits, taped, optimizer):
     """A fused step would go through the gaps as well."""
     gapped, plain = net(digits), net(digits)
     wide = torch.zeros(16, 128)
     wide[:, ::2] = gapped[1].weight.detach()
     gapped[1].weight = nn.Parameter(wide[:, ::2])
     for model in (gapped, plain):
-        training.fit(model, digits, epochs=2, lr=0.01, optimizer="adam")
-    torch.testing.assert_close(flat(gapped), flat(plain), rtol=1e-4, atol=1e-5)
+        before = taped.replays
+        training.fit(model, digits, epochs=20, lr=1e-3, optimizer=optimizer)
+        assert (taped.replays > before) == (model is plain)
+    torch.testing.assert_close(flat(gapped), flat(plain), rtol=1e-3, atol=1e-4)
 
 
 def on_a_gpu(task):
