@@ -323,13 +323,14 @@ class KFAC:
         """
         for name, layer in self._layers(unwrap(model)).items():
             size = _step(layer, name, step)
-            on_host = isinstance(size, float)
-            if not size if on_host else size.dim() and not size.any():
+            single = isinstance(size, float) or not size.dim()  # one step for all the layer's weights
+            idle = size == 0 if isinstance(size, float) else not single and not size.any()
+            if idle:
                 continue
             anchor = self._anchor(name)
             start = _matrix(layer) - anchor
             start = start.to(torch.promote_types(start.dtype, torch.float32))  # a solver's sums overflow in half
-            if len(self.tasks) == 1 and (on_host or not size.dim()):
+            if len(self.tasks) == 1 and single:
                 delta = self._shrink(name, start, size)
             else:
                 size = torch.as_tensor(size, dtype=start.dtype, device=start.device)
@@ -426,7 +427,7 @@ class KFAC:
 
     def _shrink(self, name: str, delta: Tensor, step: float | Tensor) -> Tensor:
         U, V, curvatures = (part.to(delta) for part in self._basis(name))
-        return U @ ((U.T @ delta @ V) / (1 + step * self.strength * curvatures)) @ V.T
+        return _shrunk(delta, U, V, step * self.strength * curvatures)
 
     def _conjugate_gradients(self, name: str, start: Tensor, step: Tensor) -> Tensor:
         """Δ = Δ₀ - √s u with (1 + √s λK √s) u = √s λK Δ₀, symmetric; K is Δ -> Σ GΔA."""
@@ -450,6 +451,11 @@ class KFAC:
 
 
 # --- layers -------------------------------------------------------------------------------------------------
+
+
+def _shrunk(delta: Tensor, U: Tensor, V: Tensor, stiffness: Tensor) -> Tensor:
+    """Δ with every entry of UᵀΔV divided by 1 + its stiffness; also for stacks of such matrices."""
+    return U @ ((U.mT @ delta @ V) / (1 + stiffness)) @ V.mT
 
 
 def _among(classes: Sequence[int], logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

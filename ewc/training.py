@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 from . import curvature
 from .elastic import EWC, _write
 from .fisher import _distributed, _progress, unwrap
-from .kfac import KFAC
+from .kfac import KFAC, _shrunk
 from .metrics import accuracy
 from .relatives import SynapticIntelligence
 from .tasks import Task
@@ -109,7 +109,6 @@ def fit(
     model.to(x.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    places = {place: name for place, (name, _) in curvature.places(unwrap(model)).items()}
 
     def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
         mine = batch[rank::world]
@@ -117,7 +116,8 @@ def fit(
         if parameters is None:
             outputs = net(inputs)
         else:
-            values = {place: parameters[name] for place, name in places.items() if name in parameters}
+            places = curvature.places(model).items()  # once for each way in which a parameter is reached
+            values = {place: parameters[name] for place, (name, _) in places if name in parameters}
             outputs = functional_call(model, values, (inputs,), tie_weights=False)
         # Summed and divided by the whole batch, so that uneven shares weigh as they should.
         total = cross_entropy(task.masked(outputs, targets), targets, reduction="sum")
@@ -467,7 +467,7 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
 
 
 class _Replayed:
-    """A step of training as one launch: on a GPU, starting its sixty small kernels one by one takes longer than they do.
+    """A step of training as one launch: on a GPU, starting its small kernels one by one takes longer than they do.
 
     The first steps run as they are, because they make what all others use again, such as the optimiser's state. Then
     one is captured as a CUDA graph, and every full batch replays it. A batch of another size runs as it is.
@@ -600,7 +600,10 @@ class _Stacked:
 
 
 class _Kronecker:
-    """R memories with one pair of Kronecker factors for each layer, on stacked parameters: `KFAC.pull` for all runs."""
+    """R memories with one pair of Kronecker factors for each layer, on stacked parameters: `KFAC.pull` for all runs.
+
+    The anchors, bases and stiffnesses are stacked and fixed: a graph may hold them.
+    """
 
     def __init__(self, parameters: dict[str, Tensor], memories: Sequence[KFAC]) -> None:
         self.layers = []
@@ -623,7 +626,7 @@ class _Kronecker:
         for weight, bias, anchor, U, V, stiffness in self.layers:
             rows = weight.flatten(2)
             delta = (rows if bias is None else torch.cat([rows, bias[:, :, None]], 2)) - anchor
-            place = anchor + U @ ((U.mT @ delta @ V) / (1 + step * stiffness)) @ V.mT  # `delta` has the anchor's type
+            place = anchor + _shrunk(delta, U, V, step * stiffness)
             weight.copy_(place[:, :, : rows.shape[2]].view_as(weight))
             if bias is not None:
                 bias.copy_(place[:, :, -1])

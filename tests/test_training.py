@@ -662,10 +662,10 @@ MEMORIES = {
 }
 
 
-def three_lessons(model, memory, tasks, penalty, optimizer):
+def three_lessons(model, memory, lessons, penalty, optimizer):
     """300 images: the fifth batch of an epoch is a short one."""
     options = {"lr": 0.02 if optimizer == "sgd" else 1e-3, "optimizer": optimizer, "penalty": penalty, "moments": {}}
-    for task in tasks:
+    for task in lessons:
         training.fit(model, task, memory=memory, epochs=12, batch_size=64, **options)
         if memory is not None:
             memory.consolidate(model, task.train)
