@@ -13,28 +13,22 @@ import statistics
 import time
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_tensor
+from torchvision.datasets import MNIST
+from torchvision.transforms import ToTensor
 
 from benchmarks.fisher import record_name, seconds
 from ewc import EWC, models, recorded, tasks, training
 
 
-class Pictures(Dataset):
-    """The training images as torchvision serves them: decoded, converted and scaled one at a time."""
+class Pictures(MNIST):
+    """A task's training images as torchvision's data set serves them: decoded and converted one at a time."""
 
-    def __init__(self, task: tasks.Task) -> None:
-        x, y = task.train.tensors
-        self.images = ((x * task.std + task.mean).clamp(0, 1) * 255).round().byte()[:, 0].cpu().numpy()
-        self.labels = y.tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return to_tensor(Image.fromarray(self.images[i])), self.labels[i]
+    def __init__(self, task: tasks.Task) -> None:  # not from files: embedded data have none
+        x, y = (t.cpu() for t in task.train.tensors)
+        self.data, self.targets = ((x * task.std + task.mean).clamp(0, 1) * 255).round().byte()[:, 0], y
+        self.transform, self.target_transform = ToTensor(), None
 
 
 def loader_epoch(model: nn.Module, data: Dataset, batch_size: int, device: torch.device) -> None:

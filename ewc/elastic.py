@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter, is_
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ class EWC:
         self.theta_star: dict[str, Tensor] = {}
         self.constant = 0.0
         self.tasks = 0
-        self._springs: _Springs | None = None  # what `pull` derives from the Fisher
+        self._forget()
 
     @property
     def strength(self) -> float:
@@ -166,7 +168,7 @@ class EWC:
         self.constant = self.decay * self.constant + gained
         self.fisher, self.theta_star = new_fisher, new_star
         self.tasks += 1
-        self._springs = None
+        self._forget()
 
     def penalty(self, model: nn.Module) -> Tensor:
         r"""The value :math:`\tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2`, a scalar with a gradient.
@@ -183,7 +185,7 @@ class EWC:
         if not self.tasks:
             first = next(model.parameters(), torch.zeros(()))
             return torch.zeros((), device=first.device, dtype=first.dtype)
-        parameters = self._matched(model)
+        parameters = self._beside(model).parameters
         return self.strength * (_Quadratic.apply(*self.fisher.values(), *self.theta_star.values(), *parameters) + self.constant)
 
     @torch.no_grad()
@@ -199,10 +201,8 @@ class EWC:
         """
         if not (self.tasks and self.strength):
             return
-        parameters = self._matched(_fisher.unwrap(model))
-        used = [i for i, p in enumerate(parameters) if p.requires_grad]
-        fisher, star = ([tensors[i] for i in used] for tensors in self._stored())
-        parameters = [parameters[i] for i in used]
+        pair = self._beside(model)
+        fisher, star, parameters = pair.trained(pair.fisher), pair.trained(pair.star), pair.trained(pair.parameters)
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -241,12 +241,11 @@ class EWC:
         """
         if not (self.tasks and self.strength):
             return
-        parameters = self._matched(_fisher.unwrap(model))
-        fisher, star = self._stored()
-        if self._springs is None or not self._springs.belong_to(fisher):
-            self._springs = _Springs(fisher)
+        pair = self._beside(model)
+        if self._springs is None or not self._springs.belong_to(pair.fisher):
+            self._springs = _Springs(pair.fisher)
         if isinstance(step, Mapping):
-            missing = [n for n, p in zip(self.fisher, parameters) if p.requires_grad and n not in step]
+            missing = [n for n, p in zip(self.fisher, pair.parameters) if p.requires_grad and n not in step]
             if missing:
                 raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
             shares = self._springs.shares_of_each([step.get(name, 0.0) for name in self.fisher], self.strength)
@@ -255,20 +254,17 @@ class EWC:
             if not on_gpu and not (math.isfinite(step) and step >= 0):
                 raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
             if isinstance(step, Tensor):
-                shares = self._springs.shares_of_each([step] * len(fisher), self.strength)
+                shares = self._springs.shares_of_each([step] * len(pair.fisher), self.strength)
             elif step * self.strength == 0:
                 return
             else:
                 shares = self._springs.shares(step * self.strength)
-        used = [i for i, p in enumerate(parameters) if p.requires_grad]
-        if used:
-            if any(p.dtype != s.dtype for p, s in zip(parameters, star)):  # converted since, as by model.double()
+        parameters, star, shares = pair.trained(pair.parameters), pair.trained(pair.star), pair.trained(shares)
+        if parameters:
+            if not pair.alike:
                 star = [s.to(p.dtype) for s, p in zip(star, parameters)]
-            torch._foreach_lerp_(
-                [parameters[i] for i in used],
-                [star[i] for i in used],
-                [shares[i].to(star[i].dtype) for i in used],
-            )
+                shares = [share.to(p.dtype) for share, p in zip(shares, parameters)]
+            torch._foreach_lerp_(parameters, star, shares)
 
     def state_dict(self) -> dict:
         """Everything the memory knows, as tensors, numbers and strings: ``torch.load(weights_only=True)`` reads it."""
@@ -341,22 +337,35 @@ class EWC:
         """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
         self.fisher = {name: t.to(*args, **kwargs) for name, t in self.fisher.items()}
         self.theta_star = {name: t.to(*args, **kwargs) for name, t in self.theta_star.items()}
-        self._springs = None
+        self._forget()
         return self
 
-    def _stored(self) -> tuple[list[Tensor], list[Tensor]]:
-        return list(self.fisher.values()), list(self.theta_star.values())
+    def _forget(self) -> None:
+        """What is derived from the Fisher, the anchor and a model is made again when it is needed."""
+        self._springs: _Springs | None = None
+        self._pairs: WeakKeyDictionary[nn.Module, _Pair] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_springs": None}  # made again when needed; a copy has a Fisher of its own
+        return {key: value for key, value in self.__dict__.items() if key not in ("_springs", "_pairs")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _beside(self, model: nn.Module) -> _Pair:
+        """The model's parameters beside what is stored of them."""
+        pair = self._pairs.get(model)
+        if pair is None:  # never seen, or wrapped
+            model = _fisher.unwrap(model)
+            pair = self._pairs.get(model)
+        if pair is None or not pair.holds(self, model):
+            pair = self._pairs[model] = _Pair(self, model)
+        return pair
 
     def _matched(self, model: nn.Module) -> list[Tensor]:
         """The model's parameters in the order of the stored ones."""
-        # Looked up one by one: a walk through the whole model at every step of training would take longer.
-        found = [_parameter(model, name) for name in self.theta_star]
-        if any(p is None for p in found) or len({id(p) for p in found}) < len(found):  # missing, or tied by now
-            parameters = dict(model.named_parameters())
-            found = [parameters.get(name) for name in self.theta_star]
+        parameters = dict(model.named_parameters())
+        found = [parameters.get(name) for name in self.theta_star]
         for p, (name, star) in zip(found, self.theta_star.items()):
             if p is None:
                 names = ", ".join(name for name, _ in model.named_parameters())
@@ -423,6 +432,57 @@ class _Quadratic(torch.autograd.Function):
         return (*[None] * (2 * third), *[(grad.to(f.device) * f * (p - s)).to(p.dtype) for f, s, p in zip(fisher, star, theta)])
 
 
+class _Pair:
+    """A memory and a model: each stored tensor beside the parameter that it belongs to, found and checked once.
+
+    To search and compare again at every step of training would take longer than the arithmetic of the step, so
+    `holds` only asks whether every object is still in its place.
+    """
+
+    def __init__(self, memory: EWC, model: nn.Module):
+        self.parameters = memory._matched(model)
+        self.fisher, self.star = list(memory.fisher.values()), list(memory.theta_star.values())
+        self.used = [i for i, p in enumerate(self.parameters) if p.requires_grad]
+        self.alike = all(p.dtype == s.dtype == f.dtype for p, s, f in zip(self.parameters, self.star, self.fisher))
+        self.kinds = list(map(_kind, self.parameters))
+        self.stores, self.root = (memory.fisher, memory.theta_star), model._modules
+        places = [(store, name, tensor) for store in self.stores for name, tensor in store.items()]
+        for name, p in zip(memory.theta_star, self.parameters):
+            places += _way(model, name, p)
+        different = {(id(holder), key): (holder, key, value) for holder, key, value in places}
+        self.holders, self.keys, self.values = zip(*different.values())
+
+    def holds(self, memory: EWC, model: nn.Module) -> bool:
+        """Neither memory nor model has another tensor since, and no parameter was frozen, moved or converted."""
+        return (
+            self.root is model._modules
+            and self.stores[0] is memory.fisher
+            and self.stores[1] is memory.theta_star
+            and len(memory.fisher) == len(memory.theta_star) == len(self.parameters)
+            and all(map(is_, map(dict.get, self.holders, self.keys), self.values))
+            and list(map(_kind, self.parameters)) == self.kinds
+        )
+
+    def trained(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those of the parameters that are not frozen."""
+        return tensors if len(self.used) == len(tensors) else [tensors[i] for i in self.used]
+
+
+def _way(model: nn.Module, name: str, parameter: Tensor) -> Iterator[tuple[dict, str, object]]:
+    """The steps from a model to its parameter: a dictionary, a key, and what is found there."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in model._modules:  # a model that names its parameters otherwise: looked up anew each time
+            yield {}, part, parameter
+            return
+        yield model._modules, part, model._modules[part]
+        model = model._modules[part]
+    yield model._parameters, last, parameter
+
+
+_kind, _version = attrgetter("shape", "dtype", "device", "requires_grad"), attrgetter("_version")
+
+
 class _Springs:
     r"""The share sλF / (1 + sλF) of the way to the anchor that `EWC.pull` moves each weight.
 
@@ -431,7 +491,7 @@ class _Springs:
     """
 
     def __init__(self, fisher: list[Tensor]):
-        self.fisher, self.versions = fisher, [f._version for f in fisher]
+        self.fisher, self.versions = fisher, list(map(_version, fisher))
         self.inverse: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.views: list[Tensor] = [torch.empty(0)] * len(fisher)
@@ -446,9 +506,8 @@ class _Springs:
 
     def belong_to(self, fisher: list[Tensor]) -> bool:
         """Neither another tensor nor an edit in place since."""
-        return len(fisher) == len(self.fisher) and all(
-            f is mine and f._version == version for f, mine, version in zip(fisher, self.fisher, self.versions)
-        )
+        same = len(fisher) == len(self.fisher) and all(map(is_, fisher, self.fisher))
+        return same and list(map(_version, fisher)) == self.versions
 
     def shares(self, factor: float) -> list[Tensor]:
         """For one sλ > 0."""
@@ -471,15 +530,6 @@ class _Springs:
         for buffer in self.buffers:
             buffer.mul_(strength).reciprocal_().add_(1.0).reciprocal_()
         return self.views
-
-
-def _parameter(model: nn.Module, name: str) -> Tensor | None:
-    *path, last = name.split(".")
-    for part in path:
-        model = model._modules.get(part)
-        if model is None:
-            return None
-    return model._parameters.get(last)
 
 
 def _checked(fisher: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

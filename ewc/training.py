@@ -111,14 +111,16 @@ def fit(
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
-        mine = batch[rank::world]
-        inputs, targets = _rows(x, mine), y[mine]
+        mine = batch[rank::world] if world > 1 else batch
+        inputs, targets = _rows(x, mine), _rows(y, mine)
         if parameters is None:
             outputs = net(inputs)
         else:
             places = curvature.places(model).items()  # once for each way in which a parameter is reached
             values = {place: parameters[name] for place, (name, _) in places if name in parameters}
             outputs = functional_call(model, values, (inputs,), tie_weights=False)
+        if world == 1:
+            return cross_entropy(task.masked(outputs, targets), targets)
         # Summed and divided by the whole batch, so that uneven shares weigh as they should.
         total = cross_entropy(task.masked(outputs, targets), targets, reduction="sum")
         return total * (world / len(batch))
@@ -230,7 +232,7 @@ def sweep(
         return vmap(one, in_dims=(0, 0, in_dim), randomness="different")(used, buffers, inputs)
 
     def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
-        targets = y[batch].expand(runs, -1)
+        targets = _rows(y, batch).expand(runs, -1)
         outputs = task.masked(logits(_rows(x, batch), None if shared else 0, parameters), targets)
         each = cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         return each.view(runs, -1).mean(1)
@@ -407,10 +409,11 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
 
     def differentiate(batch: Tensor) -> Tensor:
         """The losses of a batch; leaves the gradient of their sum with the parameters."""
-        opt.zero_grad(set_to_none=True)
+        for p in tensors:
+            p.grad = None
         if not graph:
             losses = loss_of(batch, None)
-            losses.sum().backward()
+            (losses.sum() if losses.dim() else losses).backward()
             return losses.detach()
         # Autograd remembers of a parameter on which stream it first saw it, and a capture has its own: so each step
         # has fresh ones that share the memory. The fused step wants gradients that lie in memory as they do.
@@ -645,7 +648,8 @@ def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]``; on a CPU faster than that."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+    rows = x.index_select(0, index.flatten())
+    return rows if index.dim() == 1 else rows.unflatten(0, index.shape)
 
 
 def _check(task: Task, batch_size: int) -> None:

@@ -1,8 +1,11 @@
 """The penalty of elastic weight consolidation against autograd, closed forms and the quadratics it stands for."""
 
 import copy
+import gc
 import math
 import os
+import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -941,3 +944,171 @@ def test_damaged_states_are_refused_in_words(damage):
     with pytest.raises(ValueError, match="damaged"):
         memory.load_state_dict(memory.state_dict() | damage)
     assert memory.tasks == 1
+
+
+# ---- what a memory remembers of a model from one step to the next -----------------------------------
+
+
+def _replace_a_layer(model, memory):
+    model[2] = nn.Linear(6, 3).double()
+
+
+def _replace_a_parameter(model, memory):
+    model[2].weight = nn.Parameter(torch.ones_like(model[2].weight))
+
+
+def _give_a_parameter_other_numbers(model, memory):
+    model[2].weight.data = torch.full_like(model[2].weight, 2.0)
+
+
+def _freeze(model, memory):
+    model[0].weight.requires_grad_(False)
+
+
+def _convert(model, memory):
+    model.float()
+
+
+def _convert_one_layer(model, memory):
+    model[2].float()
+
+
+def _replace_an_anchor(model, memory):
+    memory.theta_star["2.weight"] = torch.ones_like(memory.theta_star["2.weight"])
+
+
+def _replace_all_anchors(model, memory):
+    memory.theta_star = {name: torch.ones_like(star) for name, star in memory.theta_star.items()}
+
+
+def _replace_all_fishers(model, memory):
+    memory.fisher = {name: 3 * f for name, f in memory.fisher.items()}
+
+
+def _edit_a_fisher(model, memory):
+    memory.fisher["2.weight"].mul_(5)
+
+
+def _forget_a_parameter(model, memory):
+    del memory.fisher["2.weight"], memory.theta_star["2.weight"]
+
+
+CHANGES = [_replace_a_layer, _replace_a_parameter, _give_a_parameter_other_numbers, _freeze, _convert,
+           _convert_one_layer, _replace_an_anchor, _replace_all_anchors, _replace_all_fishers, _edit_a_fisher,
+           _forget_a_parameter]
+
+
+def outcome(memory, model):
+    """The penalty, its gradients and the pulled weights."""
+    for p in model.parameters():
+        p.grad = None
+    value = memory.penalty(model).detach().clone()
+    memory.add_gradient(model)
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    memory.pull(model, 0.1)
+    return [value, *grads, *(p.detach().clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_steps_is_seen(change):
+    """As by a memory that has never met the model."""
+    memory, model = consolidated(2.0), network()
+    outcome(memory, move(model))
+    change(model, memory)
+    move(model, seed=2)
+    newcomer, twin = copy.deepcopy(memory), copy.deepcopy(model)
+    for mine, expected in zip(outcome(memory, model), outcome(newcomer, twin)):
+        assert (mine is None) == (expected is None)
+        assert mine is None or torch.equal(mine, expected)
+
+
+def test_a_parameter_thawed_between_two_steps_is_pulled():
+    memory, model = consolidated(2.0), network()
+    model[0].weight.requires_grad_(False)
+    before = move(model)[0].weight.clone()
+    memory.pull(model, 0.1)
+    assert torch.equal(model[0].weight, before)
+    model[0].weight.requires_grad_()
+    memory.pull(model, 0.1)
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_a_parameter_of_another_shape_is_noticed_between_two_steps():
+    memory, model = consolidated(2.0), network()
+    memory.pull(model, 0.1)
+    model[2].bias.data = torch.zeros(3, 3, dtype=torch.float64)  # an anchor of shape (3,) would fit into it
+    for call in call_all(memory, model)[:3]:
+        with pytest.raises(ValueError, match="'2.bias' has shape"):
+            call()
+
+
+def test_a_model_that_moved_between_two_steps_is_told_to_the_user():
+    memory, model = consolidated(2.0), network()
+    memory.pull(model, 0.1)
+    model[2].to("meta")
+    for call in call_all(memory, model)[:3]:
+        with pytest.raises(ValueError, match="'2.weight' is on meta and the memory on cpu"):
+            call()
+
+
+def test_a_parameter_remembered_since_the_last_step_is_pulled():
+    memory, model = consolidated(2.0), network()
+    f, star = memory.fisher.pop("2.bias"), memory.theta_star.pop("2.bias")
+    before = move(model)[2].bias.clone()
+    memory.pull(model, 0.1)
+    assert torch.equal(model[2].bias, before)
+    memory.fisher["2.bias"], memory.theta_star["2.bias"] = f, star
+    memory.pull(model, 0.1)
+    assert torch.allclose(model[2].bias, (before + 0.2 * f * star) / (1 + 0.2 * f), rtol=1e-12, atol=1e-14)
+
+
+def test_models_taken_in_turn_are_told_apart_even_if_they_call_themselves_equal():
+    class Alike(nn.Sequential):
+        def __eq__(self, other):
+            return isinstance(other, Alike)
+
+        def __hash__(self):
+            return 0
+
+    memory, models = consolidated(2.0), [Alike(*network(seed)) for seed in (1, 2)]
+    for _ in range(2):
+        for model in models:
+            twin, theta = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
+            memory.pull(model, 0.1)
+            copy.deepcopy(memory).pull(twin, 0.1)
+            for p, t, before in zip(model.parameters(), twin.parameters(), theta):
+                assert torch.equal(p, t) and not torch.equal(p, before)
+
+
+def test_a_model_that_names_its_parameters_otherwise():
+    """As some wrappers do, whose own layer does not show in the names."""
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def named_parameters(self, *args, **kwargs):
+            return self.inner.named_parameters(*args, **kwargs)
+
+    memory, model = consolidated(2.0), Wrapper()
+    for _ in range(2):
+        model.inner[2].weight = nn.Parameter(torch.ones_like(model.inner[2].weight))
+        twin = copy.deepcopy(move(model.inner))
+        memory.pull(model, 0.1)
+        memory.pull(twin, 0.1)
+        assert all(torch.equal(p, t) for p, t in zip(model.inner.parameters(), twin.parameters()))
+
+
+def test_a_memory_keeps_no_model_alive_and_can_be_pickled():
+    memory, model = consolidated(2.0), network()
+    memory.pull(model, 0.1)
+    weight = weakref.ref(model[0].weight)
+    again = pickle.loads(pickle.dumps(memory))
+    twin = copy.deepcopy(move(model))
+    memory.pull(model, 0.1)
+    again.pull(twin, 0.1)
+    assert all(torch.equal(p, t) for p, t in zip(model.parameters(), twin.parameters()))
+    del model
+    gc.collect()
+    assert weight() is None
