@@ -1,5 +1,8 @@
 """Times one training step with the penalty of `ewc` against the same step without it, and prints ratios.
 
+Medians over many short rounds, and the range of the middle half of them: a machine that others use as well has slow
+and fast moments, and memory, which is all that the penalty costs, feels them most.
+
     python -m benchmarks.penalty
 """
 
@@ -17,8 +20,8 @@ from benchmarks.fisher import NETWORKS, record_name, seconds
 from ewc import EWC, recorded, tasks
 
 
-def measure(network: str = "256-256", batch_size: int = 128, steps: int = 20, rounds: int = 45) -> dict[str, float]:
-    """Median ratio of a penalised step to a plain one (SGD with momentum), for each way to apply the penalty."""
+def measure(network: str = "256-256", batch_size: int = 128, steps: int = 20, rounds: int = 300) -> dict[str, list[float]]:
+    """Ratio of a penalised step to a plain one (SGD with momentum) for each way to apply the penalty: its quartiles."""
     device = tasks.device()
     torch.manual_seed(0)
     model = NETWORKS[network]((1, 28, 28)).to(device)
@@ -63,7 +66,7 @@ def measure(network: str = "256-256", batch_size: int = 128, steps: int = 20, ro
         if i:
             for name, t in times.items():
                 ratios[name].append(t / times["plain"])
-    return {name: statistics.median(r) for name, r in ratios.items()}
+    return {name: statistics.quantiles(r, n=4) for name, r in ratios.items()}
 
 
 def main() -> None:
@@ -73,10 +76,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{recorded.machine(tasks.device())}, torch {torch.__version__}")
-    ratios = measure(arguments.network)
-    for name, ratio in ratios.items():
-        print(f"{name:34} {ratio:6.3f}")
-    recorded.keep(record_name("penalty"), {"network": arguments.network, "ratios": ratios})
+    quartiles = measure(arguments.network)
+    for name, (low, median, high) in quartiles.items():
+        print(f"{name:34} {median:6.3f}   {low:6.3f} to {high:6.3f}")
+    ratios = {name: median for name, (_, median, _) in quartiles.items()}
+    recorded.keep(record_name("penalty"), {"network": arguments.network, "ratios": ratios, "quartiles": quartiles})
 
 
 if __name__ == "__main__":

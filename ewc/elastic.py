@@ -202,7 +202,7 @@ class EWC:
         if not (self.tasks and self.strength):
             return
         pair = self._beside(model)
-        fisher, star, parameters = pair.trained(pair.fisher), pair.trained(pair.star), pair.trained(pair.parameters)
+        parameters, star, fisher = pair.trained, pair.anchors, pair.only(pair.fisher)
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -218,7 +218,6 @@ class EWC:
             for g, f, d in zip(grads, fisher, delta):
                 g.add_(f * d, alpha=self.strength)
 
-    @torch.no_grad()
     def pull(self, model: nn.Module, step: float | Tensor | Mapping[str, Tensor | float]) -> None:
         r"""The proximal step on the penalty, in place:
 
@@ -241,30 +240,11 @@ class EWC:
         """
         if not (self.tasks and self.strength):
             return
-        pair = self._beside(model)
-        if self._springs is None or not self._springs.belong_to(pair.fisher):
-            self._springs = _Springs(pair.fisher)
-        if isinstance(step, Mapping):
-            missing = [n for n, p in zip(self.fisher, pair.parameters) if p.requires_grad and n not in step]
-            if missing:
-                raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
-            shares = self._springs.shares_of_each([step.get(name, 0.0) for name in self.fisher], self.strength)
-        else:
-            on_gpu = isinstance(step, Tensor) and step.is_cuda
-            if not on_gpu and not (math.isfinite(step) and step >= 0):
-                raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
-            if isinstance(step, Tensor):
-                shares = self._springs.shares_of_each([step] * len(pair.fisher), self.strength)
-            elif step * self.strength == 0:
-                return
-            else:
-                shares = self._springs.shares(step * self.strength)
-        parameters, star, shares = pair.trained(pair.parameters), pair.trained(pair.star), pair.trained(shares)
-        if parameters:
-            if not pair.alike:
-                star = [s.to(p.dtype) for s, p in zip(star, parameters)]
-                shares = [share.to(p.dtype) for share, p in zip(shares, parameters)]
-            torch._foreach_lerp_(parameters, star, shares)
+        with torch.set_grad_enabled(False):  # `no_grad` takes twice as long, which a small network feels
+            pair = self._beside(model)
+            if self._springs is None or not self._springs.belong_to(pair.fisher):
+                self._springs = _Springs(pair.fisher)
+            pair.approach(self._shares(step, pair))
 
     def state_dict(self) -> dict:
         """Everything the memory knows, as tensors, numbers and strings: ``torch.load(weights_only=True)`` reads it."""
@@ -351,6 +331,19 @@ class EWC:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def _shares(self, step: float | Tensor | Mapping[str, Tensor | float], pair: _Pair) -> list[Tensor]:
+        """For each parameter the share of the way to its anchor that `pull` goes."""
+        if isinstance(step, Mapping):
+            missing = [n for n, p in zip(self.fisher, pair.parameters) if p.requires_grad and n not in step]
+            if missing:
+                raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
+            return self._springs.shares_of_each([step.get(name, 0.0) for name in self.fisher], self.strength)
+        if not (isinstance(step, Tensor) and step.is_cuda) and not (math.isfinite(step) and step >= 0):
+            raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
+        if isinstance(step, Tensor):
+            return self._springs.shares_of_each([step] * len(pair.fisher), self.strength)
+        return self._springs.shares(step * self.strength)
 
     def _beside(self, model: nn.Module) -> _Pair:
         """The model's parameters beside what is stored of them."""
@@ -444,6 +437,7 @@ class _Pair:
         self.fisher, self.star = list(memory.fisher.values()), list(memory.theta_star.values())
         self.used = [i for i, p in enumerate(self.parameters) if p.requires_grad]
         self.alike = all(p.dtype == s.dtype == f.dtype for p, s, f in zip(self.parameters, self.star, self.fisher))
+        self.trained, self.anchors = self.only(self.parameters), self.only(self.star)
         self.kinds = list(map(_kind, self.parameters))
         self.stores, self.root = (memory.fisher, memory.theta_star), model._modules
         places = [(store, name, tensor) for store in self.stores for name, tensor in store.items()]
@@ -463,9 +457,18 @@ class _Pair:
             and list(map(_kind, self.parameters)) == self.kinds
         )
 
-    def trained(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Those of the parameters that are not frozen."""
+    def only(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those that belong to parameters that are not frozen."""
         return tensors if len(self.used) == len(tensors) else [tensors[i] for i in self.used]
+
+    def approach(self, shares: list[Tensor]) -> None:
+        """Moves every weight by its share of the way to its anchor."""
+        star, shares = self.anchors, self.only(shares)
+        if not self.alike:  # converted since, or a Fisher of another precision
+            star = [s.to(p.dtype) for s, p in zip(star, self.trained)]
+            shares = [share.to(p.dtype) for share, p in zip(shares, self.trained)]
+        if self.trained:
+            torch._foreach_lerp_(self.trained, star, shares)
 
 
 def _way(model: nn.Module, name: str, parameter: Tensor) -> Iterator[tuple[dict, str, object]]:
@@ -506,15 +509,15 @@ class _Springs:
 
     def belong_to(self, fisher: list[Tensor]) -> bool:
         """Neither another tensor nor an edit in place since."""
-        same = len(fisher) == len(self.fisher) and all(map(is_, fisher, self.fisher))
+        same = fisher is self.fisher or (len(fisher) == len(self.fisher) and all(map(is_, fisher, self.fisher)))
         return same and list(map(_version, fisher)) == self.versions
 
     def shares(self, factor: float) -> list[Tensor]:
-        """For one sλ > 0."""
+        """For one sλ."""
         if factor != self.factor:
             for inverse, buffer in zip(self.inverse, self.buffers):
                 limits = torch.finfo(inverse.dtype)
-                if limits.tiny <= 1 / factor <= limits.max:
+                if factor and limits.tiny <= 1 / factor <= limits.max:
                     one = inverse.new_ones(())
                     torch.add(one, inverse, alpha=1 / factor, out=buffer).reciprocal_()
                 else:  # rounded to 0 or ∞ the scale would make NaN
