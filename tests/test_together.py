@@ -1,5 +1,6 @@
 """A cold build executes chapters side by side, and those that measure time alone."""
 
+import pytest
 import together
 from tiny_book import build
 
@@ -56,3 +57,19 @@ def test_a_failing_page_fails_the_build_with_the_chapter_the_cell_and_the_traceb
     assert "one.ipynb:Executing notebook failed" in book.messages
     assert "# the culprit\nprint(1 / zero)" in book.messages and "# never reached" not in book.messages
     assert "ZeroDivisionError" in book.messages
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, (8, 1000)),  # no container
+        ({"cpu.max": "max 100000\n", "memory.max": "max\n"}, (8, 1000)),
+        ({"cpu.max": "250000 100000\n", "memory.max": "600\n"}, (2, 600)),
+        ({"cpu.max": "50000 100000\n"}, (1, 1000)),
+        ({"cpu.max": "6400000 100000\n", "memory.max": "9000\n"}, (8, 1000)),
+    ],
+)
+def test_a_container_has_no_more_than_it_is_granted(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert together.granted(8, 1000, tmp_path) == expected

@@ -24,8 +24,26 @@ from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+
+
+def granted(cores: int, memory: int, group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """What a container may use of a machine's cores and memory; all of it if no limit is set."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        pass
+    try:
+        memory = min(memory, int((group / "memory.max").read_text()))
+    except (OSError, ValueError):
+        pass
+    return cores, memory
+
+
+CORES, MEMORY = granted(
+    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33,
+)
 AT_ONCE = max(1, min(CORES, MEMORY // (3 * 2**30)))  # each kernel holds PyTorch and a data set: up to three gigabytes
 if torch.cuda.is_available():  # the largest pages take five to eight gigabytes there, most of them less than three
     AT_ONCE = max(1, min(AT_ONCE, torch.cuda.get_device_properties(0).total_memory // (5 * 2**30)))
