@@ -1,7 +1,7 @@
 """Times one training step with the penalty of `ewc` against the same step without it, and prints ratios.
 
 Medians over many short rounds, and the range of the middle half of them: a machine that others use as well has slow
-and fast moments, and memory, which is all that the penalty costs, feels them most.
+and fast moments.
 
     python -m benchmarks.penalty
 """
@@ -30,7 +30,7 @@ def measure(network: str = "256-256", batch_size: int = 128, steps: int = 20, ro
     for count, memory in memories.items():
         for _ in range(count):
             memory.consolidate(model, fisher={n: torch.rand_like(p) for n, p in model.named_parameters()})
-    hasty = copy.deepcopy(memories[1])  # its own, or a constant rate would find the traces of a changing one
+    hasty = copy.deepcopy(memories[1])  # its own: a changing rate throws away the shares of a constant one
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def step(before: Callable = lambda: 0.0, between: Callable = lambda: None, after: Callable = lambda: None):

@@ -23,9 +23,12 @@ from ewc import EWC, models, recorded, tasks, training
 
 
 class Pictures(MNIST):
-    """A task's training images as torchvision's data set serves them: decoded and converted one at a time."""
+    """A task's training images as torchvision's data set serves them: made a picture and converted, one at a time.
 
-    def __init__(self, task: tasks.Task) -> None:  # not from files: embedded data have none
+    They are not read from files, because embedded data have none.
+    """
+
+    def __init__(self, task: tasks.Task) -> None:
         x, y = (t.cpu() for t in task.train.tensors)
         self.data, self.targets = ((x * task.std + task.mean).clamp(0, 1) * 255).round().byte()[:, 0], y
         self.transform, self.target_transform = ToTensor(), None
@@ -104,8 +107,10 @@ def epochs(task: tasks.Task, rounds: int = 3) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def runs(first: tasks.Task, second: tasks.Task, count: int, rounds: int = 3, passes: int = 1) -> tuple[float, float]:
-    """Median seconds of learning the second task under EWC, `count` runs in turn and at once."""
+def runs(
+    first: tasks.Task, second: tasks.Task, count: int, rounds: int = 3, passes: int = 1
+) -> list[tuple[float, float]]:
+    """Seconds of learning the second task under EWC, `count` runs in turn and at once, for each round."""
     device = first.device
     nets = [models.mlp(first.features, [256, 256], first.classes, seed=s).to(device) for s in range(count)]
     memories = [EWC(strength=float(10 * (s + 1))) for s in range(count)]
@@ -119,8 +124,7 @@ def runs(first: tasks.Task, second: tasks.Task, count: int, rounds: int = 3, pas
     def at_once() -> None:
         training.sweep(copy.deepcopy(nets), second, memories=memories, seeds=range(count), epochs=passes)
 
-    pairs = [(seconds(in_turn, device), seconds(at_once, device)) for _ in range(rounds)]
-    return tuple(statistics.median(column) for column in zip(*pairs))
+    return [(seconds(in_turn, device), seconds(at_once, device)) for _ in range(rounds)]
 
 
 def whole_sweep(first: tasks.Task, second: tasks.Task, count: int = 50) -> float:
@@ -150,9 +154,12 @@ def main() -> None:
     ours = measured["fit, batch 128"]
     for name, value in measured.items():
         print(f"{name:46} {value:7.2f} s an epoch  {value / ours:5.2f} x")
-    alone, together = runs(first, second, arguments.runs, arguments.rounds)
-    print(f"{arguments.runs} runs: in turn {alone:.2f} s, at once {together:.2f} s, ratio {together / alone:.2f}")
-    results = {"epoch": measured, "runs": arguments.runs, "in turn": alone, "at once": together}
+    pairs = runs(first, second, arguments.runs, arguments.rounds)
+    alone, together = (statistics.median(column) for column in zip(*pairs))
+    ratios = sorted(at_once / in_turn for in_turn, at_once in pairs)
+    print(f"{arguments.runs} runs: in turn {alone:.2f} s, at once {together:.2f} s, "
+          f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    results = {"epoch": measured, "runs": arguments.runs, "in turn": alone, "at once": together, "ratios": ratios}
     if first.device.type == "cuda":
         results["whole sweep of 50"] = whole_sweep(first, second)
         print(f"50 runs of the whole experiment: {results['whole sweep of 50']:.1f} s")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter, is_
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -185,8 +185,8 @@ class EWC:
         if not self.tasks:
             first = next(model.parameters(), torch.zeros(()))
             return torch.zeros((), device=first.device, dtype=first.dtype)
-        parameters = self._beside(model).parameters
-        return self.strength * (_Quadratic.apply(*self.fisher.values(), *self.theta_star.values(), *parameters) + self.constant)
+        parameters, match = self._beside(model)
+        return self.strength * (_Quadratic.apply(*match.fisher, *match.star, *parameters) + self.constant)
 
     @torch.no_grad()
     def add_gradient(self, model: nn.Module) -> None:
@@ -201,8 +201,8 @@ class EWC:
         """
         if not (self.tasks and self.strength):
             return
-        pair = self._beside(model)
-        parameters, star, fisher = pair.trained, pair.anchors, pair.only(pair.fisher)
+        parameters, match = self._beside(model)
+        parameters, star, fisher = map(match.trained, (parameters, match.star, match.fisher))
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -241,10 +241,12 @@ class EWC:
         if not (self.tasks and self.strength):
             return
         with torch.set_grad_enabled(False):  # `no_grad` takes twice as long, which a small network feels
-            pair = self._beside(model)
-            if self._springs is None or not self._springs.belong_to(pair.fisher):
-                self._springs = _Springs(pair.fisher)
-            pair.approach(self._shares(step, pair))
+            parameters, match = self._beside(model)
+            if self._springs is None or not self._springs.belong_to(match.fisher):
+                self._springs = _Springs(match.fisher)
+            shares = self._shares(step, match)
+            if shares is not None:
+                match.approach(parameters, shares)
 
     def state_dict(self) -> dict:
         """Everything the memory knows, as tensors, numbers and strings: ``torch.load(weights_only=True)`` reads it."""
@@ -321,44 +323,44 @@ class EWC:
         return self
 
     def _forget(self) -> None:
-        """What is derived from the Fisher, the anchor and a model is made again when it is needed."""
+        """What is derived from the Fisher and the anchor is made again when it is needed."""
         self._springs: _Springs | None = None
-        self._pairs: WeakKeyDictionary[nn.Module, _Pair] = WeakKeyDictionary()
+        self._match: _Match | None = None
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_springs", "_pairs")}
+        return self.__dict__ | {"_springs": None, "_match": None}  # a copy has a Fisher of its own
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def _shares(self, step: float | Tensor | Mapping[str, Tensor | float], pair: _Pair) -> list[Tensor]:
-        """For each parameter the share of the way to its anchor that `pull` goes."""
+    def _shares(self, step: float | Tensor | Mapping[str, Tensor | float], match: _Match) -> list[Tensor] | None:
+        """For each parameter the share of the way to its anchor that `pull` goes; None if it stays."""
         if isinstance(step, Mapping):
-            missing = [n for n, p in zip(self.fisher, pair.parameters) if p.requires_grad and n not in step]
+            missing = [name for name in match.trained(match.names) if name not in step]
             if missing:
                 raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
-            return self._springs.shares_of_each([step.get(name, 0.0) for name in self.fisher], self.strength)
+            return self._springs.shares_of_each([step.get(name, 0.0) for name in match.names], self.strength)
         if not (isinstance(step, Tensor) and step.is_cuda) and not (math.isfinite(step) and step >= 0):
             raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
         if isinstance(step, Tensor):
-            return self._springs.shares_of_each([step] * len(pair.fisher), self.strength)
-        return self._springs.shares(step * self.strength)
+            return self._springs.shares_of_each([step] * len(match.names), self.strength)
+        return self._springs.shares(step * self.strength) if step * self.strength else None
 
-    def _beside(self, model: nn.Module) -> _Pair:
-        """The model's parameters beside what is stored of them."""
-        pair = self._pairs.get(model)
-        if pair is None:  # never seen, or wrapped
-            model = _fisher.unwrap(model)
-            pair = self._pairs.get(model)
-        if pair is None or not pair.holds(self, model):
-            pair = self._pairs[model] = _Pair(self, model)
-        return pair
+    def _beside(self, model: nn.Module) -> tuple[list[Tensor], _Match]:
+        """The model's parameters, and what is stored of them in the same order."""
+        model = _fisher.unwrap(model)
+        match = self._match
+        parameters = _found(model, match.routes) if match is not None else None
+        if parameters is None or not match.holds(self, parameters):
+            parameters = self._matched(model)
+            match = self._match = _Match(self, parameters)
+        return parameters, match
 
     def _matched(self, model: nn.Module) -> list[Tensor]:
-        """The model's parameters in the order of the stored ones."""
-        parameters = dict(model.named_parameters())
-        found = [parameters.get(name) for name in self.theta_star]
+        """The model's parameters in the order of the anchors, compared with them."""
+        if list(self.fisher) != list(self.theta_star) and self.fisher.keys() != self.theta_star.keys():
+            raise ValueError("The memory's fisher and theta_star must have the same names; give each parameter both.")
+        found = _found(model, _routes(self.theta_star))
+        if found is None or len(set(map(id, found))) < len(found):  # missing, tied by now, or named by other rules
+            parameters = dict(model.named_parameters())
+            found = [parameters.get(name) for name in self.theta_star]
         for p, (name, star) in zip(found, self.theta_star.items()):
             if p is None:
                 names = ", ".join(name for name, _ in model.named_parameters())
@@ -425,65 +427,84 @@ class _Quadratic(torch.autograd.Function):
         return (*[None] * (2 * third), *[(grad.to(f.device) * f * (p - s)).to(p.dtype) for f, s, p in zip(fisher, star, theta)])
 
 
-class _Pair:
-    """A memory and a model: each stored tensor beside the parameter that it belongs to, found and checked once.
+class _Match:
+    """What is stored of a model's parameters, in one order, after a comparison with them.
 
-    To search and compare again at every step of training would take longer than the arithmetic of the step, so
-    `holds` only asks whether every object is still in its place.
+    To compare again at every step of training would take longer than the arithmetic of the step. So `holds` only asks
+    whether all that was compared is as it was. Nothing of the model is kept: its parameters are looked up anew.
     """
 
-    def __init__(self, memory: EWC, model: nn.Module):
-        self.parameters = memory._matched(model)
-        self.fisher, self.star = list(memory.fisher.values()), list(memory.theta_star.values())
-        self.used = [i for i, p in enumerate(self.parameters) if p.requires_grad]
-        self.alike = all(p.dtype == s.dtype == f.dtype for p, s, f in zip(self.parameters, self.star, self.fisher))
-        self.trained, self.anchors = self.only(self.parameters), self.only(self.star)
-        self.kinds = list(map(_kind, self.parameters))
-        self.stores, self.root = (memory.fisher, memory.theta_star), model._modules
-        places = [(store, name, tensor) for store in self.stores for name, tensor in store.items()]
-        for name, p in zip(memory.theta_star, self.parameters):
-            places += _way(model, name, p)
-        different = {(id(holder), key): (holder, key, value) for holder, key, value in places}
-        self.holders, self.keys, self.values = zip(*different.values())
+    def __init__(self, memory: EWC, parameters: list[Tensor]):
+        self.names = list(memory.theta_star)
+        self.routes = _routes(self.names)
+        self.fisher = [memory.fisher[name] for name in self.names]
+        self.star = [memory.theta_star[name] for name in self.names]
+        self.keys, self.values = _contents(memory.fisher, memory.theta_star)
+        self.kinds = _kinds(parameters)
+        self.used = [i for i, p in enumerate(parameters) if p.requires_grad]
+        self.alike = all(p.dtype == s.dtype == f.dtype for p, s, f in zip(parameters, self.star, self.fisher))
 
-    def holds(self, memory: EWC, model: nn.Module) -> bool:
-        """Neither memory nor model has another tensor since, and no parameter was frozen, moved or converted."""
+    def holds(self, memory: EWC, parameters: list[Tensor]) -> bool:
+        """Is every stored tensor still the same, in the same place, and each parameter of the same kind?"""
+        keys, values = _contents(memory.fisher, memory.theta_star)
         return (
-            self.root is model._modules
-            and self.stores[0] is memory.fisher
-            and self.stores[1] is memory.theta_star
-            and len(memory.fisher) == len(memory.theta_star) == len(self.parameters)
-            and all(map(is_, map(dict.get, self.holders, self.keys), self.values))
-            and list(map(_kind, self.parameters)) == self.kinds
+            keys == self.keys
+            and all(map(is_, values, self.values))
+            and len(set(map(id, parameters))) == len(parameters)
+            and _kinds(parameters) == self.kinds
         )
 
-    def only(self, tensors: list[Tensor]) -> list[Tensor]:
+    def trained(self, things: list) -> list:
         """Those that belong to parameters that are not frozen."""
-        return tensors if len(self.used) == len(tensors) else [tensors[i] for i in self.used]
+        return things if len(self.used) == len(things) else [things[i] for i in self.used]
 
-    def approach(self, shares: list[Tensor]) -> None:
+    def approach(self, parameters: list[Tensor], shares: list[Tensor]) -> None:
         """Moves every weight by its share of the way to its anchor."""
-        star, shares = self.anchors, self.only(shares)
+        parameters, star, shares = self.trained(parameters), self.trained(self.star), self.trained(shares)
         if not self.alike:  # converted since, or a Fisher of another precision
-            star = [s.to(p.dtype) for s, p in zip(star, self.trained)]
-            shares = [share.to(p.dtype) for share, p in zip(shares, self.trained)]
-        if self.trained:
-            torch._foreach_lerp_(self.trained, star, shares)
+            star = [s.to(p.dtype) for s, p in zip(star, parameters)]
+            shares = [share.to(p.dtype) for share, p in zip(shares, parameters)]
+        if parameters:
+            torch._foreach_lerp_(parameters, star, shares)
 
 
-def _way(model: nn.Module, name: str, parameter: Tensor) -> Iterator[tuple[dict, str, object]]:
-    """The steps from a model to its parameter: a dictionary, a key, and what is found there."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in model._modules:  # a model that names its parameters otherwise: looked up anew each time
-            yield {}, part, parameter
-            return
-        yield model._modules, part, model._modules[part]
-        model = model._modules[part]
-    yield model._parameters, last, parameter
+_version = attrgetter("_version")
 
 
-_kind, _version = attrgetter("shape", "dtype", "device", "requires_grad"), attrgetter("_version")
+def _kinds(parameters: list[Tensor]) -> list[tuple]:
+    return [(p.shape, p.dtype, p.device, p.requires_grad) for p in parameters]
+
+
+def _contents(*stores: dict[str, Tensor]) -> tuple[list[str], list[Tensor]]:
+    return [*chain(*stores)], [*chain(*(store.values() for store in stores))]
+
+
+def _routes(names: Iterable[str]) -> list[tuple[list[str], list[str]]]:
+    """The names by module: the path from the model to it, and its own names for its parameters."""
+    routes: list[tuple[list[str], list[str]]] = []
+    for name in names:
+        *path, last = name.split(".")
+        if not routes or routes[-1][0] != path:
+            routes.append((path, []))
+        routes[-1][1].append(last)
+    return routes
+
+
+def _found(model: nn.Module, routes: list[tuple[list[str], list[str]]]) -> list[Tensor] | None:
+    """The parameters at the end of these routes; None if one of them is not there."""
+    found: list[Tensor] = []
+    for path, names in routes:
+        module = model
+        for part in path:
+            module = module._modules.get(part)
+            if module is None:
+                return None
+        for name in names:
+            p = module._parameters.get(name)
+            if p is None:
+                return None
+            found.append(p)
+    return found
 
 
 class _Springs:
@@ -513,11 +534,11 @@ class _Springs:
         return same and list(map(_version, fisher)) == self.versions
 
     def shares(self, factor: float) -> list[Tensor]:
-        """For one sλ."""
+        """For one sλ > 0."""
         if factor != self.factor:
             for inverse, buffer in zip(self.inverse, self.buffers):
                 limits = torch.finfo(inverse.dtype)
-                if factor and limits.tiny <= 1 / factor <= limits.max:
+                if limits.tiny <= 1 / factor <= limits.max:
                     one = inverse.new_ones(())
                     torch.add(one, inverse, alpha=1 / factor, out=buffer).reciprocal_()
                 else:  # rounded to 0 or ∞ the scale would make NaN

@@ -119,7 +119,7 @@ def fit(
             places = curvature.places(model).items()  # once for each way in which a parameter is reached
             values = {place: parameters[name] for place, (name, _) in places if name in parameters}
             outputs = functional_call(model, values, (inputs,), tie_weights=False)
-        if world == 1:
+        if world == 1 and targets.dim() == 1:
             return cross_entropy(task.masked(outputs, targets), targets)
         # Summed and divided by the whole batch, so that uneven shares weigh as they should.
         total = cross_entropy(task.masked(outputs, targets), targets, reduction="sum")

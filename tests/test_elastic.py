@@ -985,17 +985,27 @@ def _replace_all_fishers(model, memory):
     memory.fisher = {name: 3 * f for name, f in memory.fisher.items()}
 
 
-def _edit_a_fisher(model, memory):
-    memory.fisher["2.weight"].mul_(5)
-
-
 def _forget_a_parameter(model, memory):
     del memory.fisher["2.weight"], memory.theta_star["2.weight"]
 
 
+def _store_in_another_order(model, memory):
+    for store in (memory.fisher, memory.theta_star):
+        store["0.weight"] = store.pop("0.weight")
+
+
+def _store_fishers_in_another_order(model, memory):
+    memory.fisher["0.weight"] = memory.fisher.pop("0.weight")
+
+
+def _give_a_parameter_a_second_name(model, memory):
+    """It comes first, so the model's own list of names leaves out the one that is remembered."""
+    model[0].also = model[2].weight
+
+
 CHANGES = [_replace_a_layer, _replace_a_parameter, _give_a_parameter_other_numbers, _freeze, _convert,
-           _convert_one_layer, _replace_an_anchor, _replace_all_anchors, _replace_all_fishers, _edit_a_fisher,
-           _forget_a_parameter]
+           _convert_one_layer, _replace_an_anchor, _replace_all_anchors, _replace_all_fishers,
+           _forget_a_parameter, _store_in_another_order, _store_fishers_in_another_order, _give_a_parameter_a_second_name]
 
 
 def outcome(memory, model):
@@ -1062,15 +1072,8 @@ def test_a_parameter_remembered_since_the_last_step_is_pulled():
     assert torch.allclose(model[2].bias, (before + 0.2 * f * star) / (1 + 0.2 * f), rtol=1e-12, atol=1e-14)
 
 
-def test_models_taken_in_turn_are_told_apart_even_if_they_call_themselves_equal():
-    class Alike(nn.Sequential):
-        def __eq__(self, other):
-            return isinstance(other, Alike)
-
-        def __hash__(self):
-            return 0
-
-    memory, models = consolidated(2.0), [Alike(*network(seed)) for seed in (1, 2)]
+def test_models_taken_in_turn_are_told_apart():
+    memory, models = consolidated(2.0), [network(1), network(2)]
     for _ in range(2):
         for model in models:
             twin, theta = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
@@ -1078,6 +1081,66 @@ def test_models_taken_in_turn_are_told_apart_even_if_they_call_themselves_equal(
             copy.deepcopy(memory).pull(twin, 0.1)
             for p, t, before in zip(model.parameters(), twin.parameters(), theta):
                 assert torch.equal(p, t) and not torch.equal(p, before)
+
+
+def test_layers_that_are_removed_from_within_and_put_back():
+    """A container gives itself a new dictionary when it loses a layer."""
+    model, memory = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Tanh()), nn.Linear(4, 3)).double(), EWC(2.0)
+    memory.consolidate(model, data())
+    memory.pull(move(model), 0.1)
+    del model[0][2]
+    model[0][0] = nn.Linear(4, 4).double()
+    newcomer, twin = copy.deepcopy(memory), copy.deepcopy(model)
+    for mine, expected in zip(outcome(memory, model), outcome(newcomer, twin)):
+        assert torch.equal(mine, expected)
+    del model[0][0]  # what was layer 1 is layer 0 now, and has no weight
+    for call in call_all(memory, model)[:3]:
+        with pytest.raises(ValueError, match="'0.0.weight'.*the model does not have"):
+            call()
+
+
+def test_an_emptied_memory_pulls_at_nothing():
+    memory, model = consolidated(2.0), move(network())
+    memory.pull(model, 0.1)
+    memory.fisher.clear(), memory.theta_star.clear()
+    before = [p.detach().clone() for p in model.parameters()]
+    memory.pull(model, 0.1)
+    memory.add_gradient(model)
+    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(model.parameters(), before))
+
+
+def test_a_fisher_without_its_anchor_is_refused():
+    memory, model = consolidated(2.0), network()
+    del memory.theta_star["2.weight"]
+    for call in call_all(memory, model)[:3]:
+        with pytest.raises(ValueError, match="must have the same names"):
+            call()
+
+
+def test_a_step_of_zero_touches_nothing():
+    """Not even the count by which autograd notices a change between the passes forward and backward."""
+    memory, model = consolidated(2.0), network()
+    loss = model(data()[0]).square().sum()
+    memory.pull(model, 0.0)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_penalty_and_gradient_compile_into_one_graph():
+    memory, model = consolidated(2.0), move(network())
+    value = memory.penalty(model).detach()
+    memory.add_gradient(model)
+    expected = gradients(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss(x):
+        memory.add_gradient(model)
+        return memory.penalty(model) + 0 * x
+
+    assert torch.equal(loss(torch.zeros(())).detach(), value)
+    assert all(torch.allclose(g, expected[n], rtol=1e-12) for n, g in gradients(model).items())
 
 
 def test_a_model_that_names_its_parameters_otherwise():
@@ -1102,6 +1165,8 @@ def test_a_model_that_names_its_parameters_otherwise():
 
 def test_a_memory_keeps_no_model_alive_and_can_be_pickled():
     memory, model = consolidated(2.0), network()
+    model[0].parent = [model]
+    model[0].register_forward_hook(lambda *_: model and None)
     memory.pull(model, 0.1)
     weight = weakref.ref(model[0].weight)
     again = pickle.loads(pickle.dumps(memory))
