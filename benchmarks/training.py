@@ -87,8 +87,8 @@ def products_of_an_epoch(task: tasks.Task, batch_size: int = 128) -> None:
                 delta @ weight
 
 
-def epochs(task: tasks.Task, rounds: int = 3) -> dict[str, float]:
-    """Median seconds of one epoch: the loop over a DataLoader, `fit`, and how far `fit` is from the arithmetic."""
+def epochs(task: tasks.Task, rounds: int = 3) -> dict[str, list[float]]:
+    """Seconds of one epoch, for each round: the loop over a DataLoader, `fit`, and how far it is from the arithmetic."""
     pictures = Pictures(task)
     device = task.device
     model = models.mlp(task.features, [256, 256], task.classes, seed=0).to(device)
@@ -104,7 +104,7 @@ def epochs(task: tasks.Task, rounds: int = 3) -> dict[str, float]:
     for _ in range(rounds):
         for name, way in ways.items():
             times[name].append(seconds(way, device))
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
 def runs(
@@ -145,21 +145,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     first, second = tasks.pair()
     print(f"{recorded.machine(first.device)}, torch {torch.__version__}")
-    measured = epochs(first, arguments.rounds)
-    ours = measured["fit, batch 128"]
-    for name, value in measured.items():
-        print(f"{name:46} {value:7.2f} s an epoch  {value / ours:5.2f} x")
+    rounds = epochs(first, arguments.rounds)
+    for name, times in rounds.items():
+        ratios = sorted(t / ours for t, ours in zip(times, rounds["fit, batch 128"]))
+        print(f"{name:46} {statistics.median(times):7.2f} s an epoch  "
+              f"{statistics.median(ratios):5.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    measured = {name: statistics.median(times) for name, times in rounds.items()}
     pairs = runs(first, second, arguments.runs, arguments.rounds)
     alone, together = (statistics.median(column) for column in zip(*pairs))
     ratios = sorted(at_once / in_turn for in_turn, at_once in pairs)
     print(f"{arguments.runs} runs: in turn {alone:.2f} s, at once {together:.2f} s, "
           f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    results = {"epoch": measured, "runs": arguments.runs, "in turn": alone, "at once": together, "ratios": ratios}
+    results = {"epoch": measured, "epoch, rounds": rounds,
+               "runs": arguments.runs, "in turn": alone, "at once": together, "ratios": ratios}
     if first.device.type == "cuda":
         results["whole sweep of 50"] = whole_sweep(first, second)
         print(f"50 runs of the whole experiment: {results['whole sweep of 50']:.1f} s")
