@@ -806,6 +806,7 @@ def test_weights_tied_since_the_last_task_are_refused():
     """One tensor with two springs would be pulled twice."""
     model, memory = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), EWC(1.0)
     memory.consolidate(model, fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    memory.pull(model, 0.1)
     model[2].weight = model[0].weight
     for call in call_all(memory, model)[:3]:
         with pytest.raises(ValueError, match="'2.weight'.*the model does not have"):
@@ -1058,6 +1059,15 @@ def test_a_model_that_moved_between_two_steps_is_told_to_the_user():
     model[2].to("meta")
     for call in call_all(memory, model)[:3]:
         with pytest.raises(ValueError, match="'2.weight' is on meta and the memory on cpu"):
+            call()
+
+
+def test_a_parameter_that_is_gone_since_the_last_step_is_named():
+    memory, model = consolidated(2.0), network()
+    memory.pull(model, 0.1)
+    model[2].bias = None
+    for call in call_all(memory, model)[:3]:
+        with pytest.raises(ValueError, match="'2.bias'.*the model does not have"):
             call()
 
 
