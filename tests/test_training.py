@@ -54,6 +54,16 @@ def test_fit_is_the_plain_loop(digits):
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
 
 
+def test_labels_at_several_positions_add_up_as_one_log_probability(digits):
+    """As in `fisher.diagonal`, and for one process as for several."""
+    x, y = torch.randn(40, 6), torch.randint(3, (40, 2))
+    task = replace(digits, train=TensorDataset(x, y), classes=3)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (3, 2)))
+    expected = nn.functional.cross_entropy(model(x), y, reduction="sum") / 40
+    history = training.fit(model, task, steps=1, batch_size=40, lr=0.0)
+    assert history.loss == pytest.approx([expected.item()], rel=1e-6)
+
+
 def test_the_epoch_that_the_benchmark_writes_by_hand_is_that_of_fit(digits):
     model, twin = net(digits), net(digits)
     epoch_by_hand(model, digits, lr=0.05)
