@@ -87,7 +87,7 @@ def products_of_an_epoch(task: tasks.Task, batch_size: int = 128) -> None:
                 delta @ weight
 
 
-def epochs(task: tasks.Task, rounds: int = 3) -> dict[str, list[float]]:
+def epochs(task: tasks.Task, rounds: int) -> dict[str, list[float]]:
     """Seconds of one epoch, for each round: the loop over a DataLoader, `fit`, and how far it is from the arithmetic."""
     pictures = Pictures(task)
     device = task.device
@@ -107,9 +107,7 @@ def epochs(task: tasks.Task, rounds: int = 3) -> dict[str, list[float]]:
     return times
 
 
-def runs(
-    first: tasks.Task, second: tasks.Task, count: int, rounds: int = 3, passes: int = 1
-) -> list[tuple[float, float]]:
+def runs(first: tasks.Task, second: tasks.Task, count: int, rounds: int) -> list[tuple[float, float]]:
     """Seconds of learning the second task under EWC, `count` runs in turn and at once, for each round."""
     device = first.device
     nets = [models.mlp(first.features, [256, 256], first.classes, seed=s).to(device) for s in range(count)]
@@ -119,10 +117,10 @@ def runs(
 
     def in_turn() -> None:
         for s, net in enumerate(copy.deepcopy(nets)):
-            training.fit(net, second, memory=memories[s], seed=s, epochs=passes)
+            training.fit(net, second, memory=memories[s], seed=s, epochs=1)
 
     def at_once() -> None:
-        training.sweep(copy.deepcopy(nets), second, memories=memories, seeds=range(count), epochs=passes)
+        training.sweep(copy.deepcopy(nets), second, memories=memories, seeds=range(count), epochs=1)
 
     return [(seconds(in_turn, device), seconds(at_once, device)) for _ in range(rounds)]
 

@@ -77,7 +77,7 @@ class EWC:
         self.theta_star: dict[str, Tensor] = {}
         self.constant = 0.0
         self.tasks = 0
-        self._forget()
+        self._match: _Match | None = None  # made when it is needed
 
     @property
     def strength(self) -> float:
@@ -168,7 +168,7 @@ class EWC:
         self.constant = self.decay * self.constant + gained
         self.fisher, self.theta_star = new_fisher, new_star
         self.tasks += 1
-        self._forget()
+        self._match = None
 
     def penalty(self, model: nn.Module) -> Tensor:
         r"""The value :math:`\tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2`, a scalar with a gradient.
@@ -242,8 +242,8 @@ class EWC:
             return
         with torch.set_grad_enabled(False):  # `no_grad` takes twice as long, which a small network feels
             parameters, match = self._beside(model)
-            if self._springs is None or not self._springs.belong_to(match.fisher):
-                self._springs = _Springs(match.fisher)
+            if match.springs is None or not match.springs.fresh():
+                match.springs = _Springs(match.fisher)
             shares = self._shares(step, match)
             if shares is not None:
                 match.approach(parameters, shares)
@@ -319,16 +319,11 @@ class EWC:
         """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
         self.fisher = {name: t.to(*args, **kwargs) for name, t in self.fisher.items()}
         self.theta_star = {name: t.to(*args, **kwargs) for name, t in self.theta_star.items()}
-        self._forget()
+        self._match = None
         return self
 
-    def _forget(self) -> None:
-        """What is derived from the Fisher and the anchor is made again when it is needed."""
-        self._springs: _Springs | None = None
-        self._match: _Match | None = None
-
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_springs": None, "_match": None}  # a copy has a Fisher of its own
+        return self.__dict__ | {"_match": None}  # a copy has a Fisher of its own
 
     def _shares(self, step: float | Tensor | Mapping[str, Tensor | float], match: _Match) -> list[Tensor] | None:
         """For each parameter the share of the way to its anchor that `pull` goes; None if it stays."""
@@ -336,12 +331,12 @@ class EWC:
             missing = [name for name in match.trained(match.names) if name not in step]
             if missing:
                 raise ValueError(f"step has no entry for parameter {missing[0]!r}; give one for each, or one number.")
-            return self._springs.shares_of_each([step.get(name, 0.0) for name in match.names], self.strength)
+            return match.springs.shares_of_each([step.get(name, 0.0) for name in match.names], self.strength)
         if not (isinstance(step, Tensor) and step.is_cuda) and not (math.isfinite(step) and step >= 0):
             raise ValueError(f"step is a learning rate: a finite number, at least 0; got {step!r}.")
         if isinstance(step, Tensor):
-            return self._springs.shares_of_each([step] * len(match.names), self.strength)
-        return self._springs.shares(step * self.strength) if step * self.strength else None
+            return match.springs.shares_of_each([step] * len(match.names), self.strength)
+        return match.springs.shares(step * self.strength) if step * self.strength else None
 
     def _beside(self, model: nn.Module) -> tuple[list[Tensor], _Match]:
         """The model's parameters, and what is stored of them in the same order."""
@@ -440,6 +435,7 @@ class _Match:
         self.fisher = [memory.fisher[name] for name in self.names]
         self.star = [memory.theta_star[name] for name in self.names]
         self.keys, self.values = _contents(memory.fisher, memory.theta_star)
+        self.springs: _Springs | None = None  # what `pull` derives from the Fisher
         self.kinds = _kinds(parameters)
         self.used = [i for i, p in enumerate(parameters) if p.requires_grad]
         self.alike = all(p.dtype == s.dtype == f.dtype for p, s, f in zip(parameters, self.star, self.fisher))
@@ -528,10 +524,9 @@ class _Springs:
             for i, part in zip(own, parts):
                 self.views[i] = part.view(fisher[i].shape)
 
-    def belong_to(self, fisher: list[Tensor]) -> bool:
-        """Neither another tensor nor an edit in place since."""
-        same = fisher is self.fisher or (len(fisher) == len(self.fisher) and all(map(is_, fisher, self.fisher)))
-        return same and list(map(_version, fisher)) == self.versions
+    def fresh(self) -> bool:
+        """No Fisher was edited in place since."""
+        return list(map(_version, self.fisher)) == self.versions
 
     def shares(self, factor: float) -> list[Tensor]:
         """For one sλ > 0."""

@@ -111,7 +111,7 @@ def fit(
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
-        mine = batch[rank::world] if world > 1 else batch
+        mine = batch[rank::world]
         inputs, targets = _rows(x, mine), _rows(y, mine)
         if parameters is None:
             outputs = net(inputs)
@@ -119,8 +119,6 @@ def fit(
             places = curvature.places(model).items()  # once for each way in which a parameter is reached
             values = {place: parameters[name] for place, (name, _) in places if name in parameters}
             outputs = functional_call(model, values, (inputs,), tie_weights=False)
-        if world == 1 and targets.dim() == 1:
-            return cross_entropy(task.masked(outputs, targets), targets)
         # Summed and divided by the whole batch, so that uneven shares weigh as they should.
         total = cross_entropy(task.masked(outputs, targets), targets, reduction="sum")
         return total * (world / len(batch))
@@ -409,11 +407,11 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
 
     def differentiate(batch: Tensor) -> Tensor:
         """The losses of a batch; leaves the gradient of their sum with the parameters."""
-        for p in tensors:
+        for p in tensors:  # as `opt.zero_grad`, which also notes itself for a profiler
             p.grad = None
         if not graph:
             losses = loss_of(batch, None)
-            (losses.sum() if losses.dim() else losses).backward()
+            (losses.sum() if losses.dim() else losses).backward()  # a small network feels one node more
             return losses.detach()
         # Autograd remembers of a parameter on which stream it first saw it, and a capture has its own: so each step
         # has fresh ones that share the memory. The fused step wants gradients that lie in memory as they do.

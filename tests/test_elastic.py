@@ -1044,30 +1044,32 @@ def test_a_parameter_thawed_between_two_steps_is_pulled():
     assert not torch.equal(model[0].weight, before)
 
 
-def test_a_parameter_of_another_shape_is_noticed_between_two_steps():
-    memory, model = consolidated(2.0), network()
-    memory.pull(model, 0.1)
+def _reshape(model):
     model[2].bias.data = torch.zeros(3, 3, dtype=torch.float64)  # an anchor of shape (3,) would fit into it
-    for call in call_all(memory, model)[:3]:
-        with pytest.raises(ValueError, match="'2.bias' has shape"):
-            call()
 
 
-def test_a_model_that_moved_between_two_steps_is_told_to_the_user():
-    memory, model = consolidated(2.0), network()
-    memory.pull(model, 0.1)
+def _move_away(model):
     model[2].to("meta")
-    for call in call_all(memory, model)[:3]:
-        with pytest.raises(ValueError, match="'2.weight' is on meta and the memory on cpu"):
-            call()
 
 
-def test_a_parameter_that_is_gone_since_the_last_step_is_named():
+def _lose_a_parameter(model):
+    model[2].bias = None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_reshape, "'2.bias' has shape"),
+        (_move_away, "'2.weight' is on meta and the memory on cpu"),
+        (_lose_a_parameter, "'2.bias'.*the model does not have"),
+    ],
+)
+def test_a_model_that_does_not_match_any_more_is_told_to_the_user(change, message):
     memory, model = consolidated(2.0), network()
     memory.pull(model, 0.1)
-    model[2].bias = None
+    change(model)
     for call in call_all(memory, model)[:3]:
-        with pytest.raises(ValueError, match="'2.bias'.*the model does not have"):
+        with pytest.raises(ValueError, match=message):
             call()
 
 

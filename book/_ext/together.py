@@ -25,7 +25,6 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
 
-
 def granted(cores: int, memory: int, group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     """What a container may use of a machine's cores and memory; all of it if no limit is set."""
     try:
