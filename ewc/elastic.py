@@ -405,7 +405,7 @@ class _Quadratic(torch.autograd.Function):
     def forward(*tensors: Tensor) -> Tensor:
         third = len(tensors) // 3
         fisher, star, theta = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
-        delta = torch._foreach_sub(theta, star)
+        delta = [t - s for t, s in zip(theta, star)]
         pulls = [f * d for f, d in zip(fisher, delta)]
         halves = [
             torch.dot(pull.flatten(), d.to(pull.dtype).flatten()).to(theta[0].device)
@@ -489,17 +489,18 @@ def _routes(names: Iterable[str]) -> list[tuple[list[str], list[str]]]:
 def _found(model: nn.Module, routes: list[tuple[list[str], list[str]]]) -> list[Tensor] | None:
     """The parameters at the end of these routes; None if one of them is not there."""
     found: list[Tensor] = []
-    for path, names in routes:
-        module = model
-        for part in path:
-            module = module._modules.get(part)
-            if module is None:
-                return None
-        for name in names:
-            p = module._parameters.get(name)
-            if p is None:
-                return None
-            found.append(p)
+    try:
+        for path, names in routes:
+            module = model
+            for part in path:
+                module = module._modules[part]
+            for name in names:
+                p = module._parameters[name]
+                if p is None:
+                    return None
+                found.append(p)
+    except (KeyError, AttributeError):  # the latter where a module is None
+        return None
     return found
 
 
@@ -510,6 +511,7 @@ class _Springs:
     a new rate, none for a constant one. Each device has one flat buffer, of which `views` are the parameters' parts.
     """
 
+    @torch.inference_mode(False)  # buffers made in that mode could not be written outside it
     def __init__(self, fisher: list[Tensor]):
         self.fisher, self.versions = fisher, list(map(_version, fisher))
         self.inverse: list[Tensor] = []

@@ -863,6 +863,18 @@ def test_a_memory_made_in_inference_mode_serves_training():
     assert all(p.grad.any() for p in model.parameters())
 
 
+def test_a_first_pull_in_inference_mode_leaves_nothing_that_training_cannot_use():
+    memory, model = consolidated(), move(network())
+    twin, reference = copy.deepcopy(model), consolidated()
+    with torch.inference_mode():
+        memory.pull(model, 0.1)
+    reference.pull(twin, 0.1)
+    for m, one in ((memory, model), (reference, twin)):
+        m.pull(one, 0.2)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(p, q)
+
+
 def test_a_state_in_another_order_is_read_by_name():
     memory, model = consolidated(), move(network())
     state = memory.state_dict()
@@ -935,8 +947,27 @@ def test_functional_gradients_of_the_penalty():
             return self.memory.penalty(self.model)
 
     found = torch.func.grad(value)({n: p.detach() for n, p in model.named_parameters()})
+    two = torch.func.vmap(torch.func.grad(value))(
+        {n: torch.stack([p.detach(), memory.theta_star[n]]) for n, p in model.named_parameters()}
+    )
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad)
+        torch.testing.assert_close(two[name], torch.stack([p.grad, torch.zeros_like(p)]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_scripted_model_feels_the_same_springs():
+    memory, model = consolidated(), move(network())
+    twin = torch.jit.script(copy.deepcopy(model))
+    for m in (model, twin):
+        memory.penalty(m).backward()
+        memory.add_gradient(m)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(p.grad, q.grad)
+    for m in (model, twin):
+        memory.pull(m, 0.1)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("damage", [{"fisher": []}, {"theta_star": None}, {"tasks": None}, {"constant": "x"}])
@@ -1178,7 +1209,7 @@ def test_a_model_that_names_its_parameters_otherwise():
 def test_a_memory_keeps_no_model_alive_and_can_be_pickled():
     memory, model = consolidated(2.0), network()
     model[0].parent = [model]
-    model[0].register_forward_hook(lambda *_: model and None)
+    model[0].register_forward_hook(lambda *_: None)  # no pickle takes it
     memory.pull(model, 0.1)
     weight = weakref.ref(model[0].weight)
     again = pickle.loads(pickle.dumps(memory))
