@@ -59,10 +59,31 @@ def test_plain_pytorch(network):
     twin = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
     twin.load_state_dict(network.state_dict())
     old, new = (DataLoader(data(s), batch_size=10) for s in (1, 2))
-    snippet("for x, y in loader_b", model=network, loader_a=old, loader_b=new)
+    snippet("memory.consolidate(model, loader_a)", model=network, loader_a=old, loader_b=new)
     memory = EWC(300.0)
     memory.consolidate(twin, old)
     train(twin, new, lambda: memory.add_gradient(twin))
+    assert same(network, twin)
+
+
+def test_plain_pytorch_with_the_proximal_step(network):
+    twin = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    twin.load_state_dict(network.state_dict())
+    memory, new = EWC(300.0), DataLoader(data(2), batch_size=10)
+    memory.consolidate(network, data(1))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    names = {"model": network, "memory": memory, "optimizer": optimizer, "loader_b": new}
+    snippet("memory.pull(model, step)", cross_entropy=cross_entropy, **names)
+
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.01, momentum=0.9)
+    for x, y in new:
+        optimizer.zero_grad()
+        cross_entropy(twin(x), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                stiffness = 0.1 * 300.0 * memory.fisher[name]
+                p.copy_((p + stiffness * memory.theta_star[name]) / (1 + stiffness))
     assert same(network, twin)
 
 
@@ -141,7 +162,7 @@ def test_subclass_of_a_trainer(monkeypatch):
     ids[::2, 3:] = 0  # padding
     memory = EWC(50.0)
     memory.consolidate(names["Logits"](model), TensorDataset(ids, labels))
-    trainer = names["SpringTrainer"](model)
+    trainer = names["SpringTrainer"](model.train())
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
     plain = trainer.compute_loss(model, batch)
     trainer.memory = memory
@@ -152,5 +173,7 @@ def test_subclass_of_a_trainer(monkeypatch):
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
     F = memory.fisher["model.head.weight"]
     torch.testing.assert_close(loss - plain, 50.0 / 2 * (F * 0.01).sum(), rtol=1e-4, atol=1e-7)
+    model.eval()
+    assert torch.equal(trainer.compute_loss(model, batch), plain), "evaluated by the task's loss alone"
     loss.backward()
     assert outputs.logits.shape == (40, 3) and model.head.weight.grad is not None
