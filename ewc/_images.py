@@ -203,9 +203,9 @@ def letters() -> tuple[np.ndarray, ...]:
     arrays = x[:5000], y[:5000], x[5000:], y[5000:]
     with contextlib.suppress(OSError):  # a read-only cache folder costs a second per load, no more
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-            np.savez(file, **dict(zip(names, arrays)))
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # gone again, whatever happens
+            np.savez(Path(scratch, path.name), **dict(zip(names, arrays)))
+            os.replace(Path(scratch, path.name), path)
     return arrays
 
 

@@ -158,7 +158,8 @@ class Engine:
 
     def to_model(self, x: Tensor) -> Tensor:
         """Inputs on the model's device and, if they are floating-point numbers, in its precision."""
-        return x.to(self.device, self.dtype if x.is_floating_point() else None)
+        x = x.to(self.device, self.dtype if x.is_floating_point() else None)
+        return x.clone() if x.is_inference() else x  # autograd keeps no tensor that was made in that mode
 
     def chunks(self, x: Tensor) -> Iterable[slice]:
         """Slices of the examples that fit the memory budget."""

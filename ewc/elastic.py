@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
@@ -289,7 +288,11 @@ class EWC:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the state to a file, atomically: a kill at any moment leaves the old file or the new one.
 
-        In an initialised process group only rank 0 writes.
+        In an initialised process group only rank 0 writes; let the others wait (``torch.distributed.barrier()``)
+        before they load.
+
+        Raises:
+            FileNotFoundError: no such folder.
         """
         _write(self.state_dict(), path)
 
@@ -379,16 +382,18 @@ def _write(state: dict, path: str | os.PathLike) -> None:
     """Writes ``state`` beside ``path``, to the disk, then renames; in a process group on rank 0 only."""
     if _fisher._distributed() and torch.distributed.get_rank():
         return
-    path = Path(path)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    path = Path(path).resolve()  # through a link to the file itself
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to; create it first.")
+    scratch = path.with_name(path.name + ".part")  # always this name: what a kill leaves is overwritten next time
     try:
-        with os.fdopen(handle, "wb") as file:
+        with scratch.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 

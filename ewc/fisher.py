@@ -347,7 +347,7 @@ def _blocks(data) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data):
         data = [tuple(data)]
     elif isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=512)
+        data = DataLoader(data, batch_size=512, generator=torch.Generator())  # torch's own stays as it is
     elif not isinstance(data, DataLoader):
         raise TypeError(f"data must be a Dataset, a DataLoader or a pair of tensors; got {type(data).__name__}.")
     for block in data:
@@ -413,15 +413,16 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _full_precision(recurrent: bool) -> Iterator[None]:
-    """Products and convolutions in full float32, also where the user allows TF32, cuDNN's default, which keeps three
-    digits. And no cuDNN for recurrent layers, of which it has no backward pass in eval mode."""
+    """Products and convolutions in full float32, also under autocast and where the user allows TF32, cuDNN's default,
+    which keeps three digits. And no cuDNN for recurrent layers, of which it has no backward pass in eval mode."""
     cudnn, kinds = torch.backends.cudnn, (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
     before = cudnn.enabled, [kind.fp32_precision for kind in kinds]
     try:
         cudnn.enabled = cudnn.enabled and not recurrent
         for kind in kinds:
             kind.fp32_precision = "ieee"
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         cudnn.enabled = before[0]
         for kind, precision in zip(kinds, before[1]):

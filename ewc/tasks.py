@@ -95,7 +95,7 @@ class Task:
         """
         if self.heads is None:
             return logits
-        return logits.masked_fill(self._elsewhere[labels], -math.inf)
+        return logits.masked_fill(self._elsewhere[labels.long()], -math.inf)
 
     @cached_property
     def _elsewhere(self) -> Tensor:
@@ -279,7 +279,7 @@ def split(
 
     Raises:
         ValueError: no groups, an empty group, a class that does not exist, or one in two groups; an unknown
-            scenario; groups of different sizes in the scenario ``"domain"``.
+            scenario; groups of different sizes in the scenario ``"domain"``, or of one class in ``"task"``.
 
     References:
         Van de Ven and Tolias, *Three scenarios for continual learning*, 2019.
@@ -300,6 +300,8 @@ def split(
         raise ValueError(f"split() needs disjoint groups, but a class appears twice in {groups}.")
     parts = [_restricted(task, group) for group in groups]
     if scenario == "task":
+        if alone := [group for group in groups if len(group) == 1]:
+            raise ValueError(f"Told the group {alone[0]}, there is nothing to choose: give each two classes or more.")
         return [replace(part, heads=tuple(groups)) for part in parts]
     if scenario == "domain":
         if len({len(group) for group in groups}) > 1:

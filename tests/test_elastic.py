@@ -414,6 +414,19 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["memory.pt"]
 
 
+def test_a_file_is_written_where_a_link_leads_and_readable_as_any_other(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "plain").touch()
+    (tmp_path / "memory.pt").symlink_to(tmp_path / "disk" / "memory.pt")
+    (tmp_path / "disk" / "memory.pt.part").write_text("left behind by a kill")
+    consolidated().save(tmp_path / "memory.pt")
+    (written,) = (tmp_path / "disk").iterdir()
+    assert (tmp_path / "memory.pt").is_symlink() and EWC.load(written).tasks == 1
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere to write memory.pt"):
+        consolidated().save(tmp_path / "nowhere" / "memory.pt")
+
+
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for rank in (1, 0):

@@ -59,6 +59,27 @@ def distance(a, b):
     return max(float((a[n] - b[n]).norm()) / max(float(b[n].norm()), 1e-12 * largest) for n in b)
 
 
+def test_data_made_in_inference_mode_are_data():
+    model = nn.Linear(4, 3)
+    with torch.inference_mode():
+        x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    expected = fisher.diagonal(model, (x.clone(), y.clone()))
+    assert all(torch.equal(f, expected[name]) for name, f in fisher.diagonal(model, (x, y)).items())
+
+
+def test_reading_a_dataset_leaves_torch_s_random_numbers_alone():
+    class Pairs(TorchDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return torch.full((4,), float(i)), i % 3
+
+    model, state = nn.Linear(4, 3), torch.get_rng_state()
+    fisher.diagonal(model, Pairs())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # ---- models -------------------------------------------------------------------------------------
 
 
@@ -910,6 +931,14 @@ def test_precision_is_full_inside_and_comes_back(how):
         torch.backends.cuda.matmul.fp32_precision = "none"
     assert seen and all(precisions == ["ieee"] * 3 for precisions in seen)
     assert after == before
+
+
+def test_precision_is_full_under_autocast():
+    model, data = nn.Linear(4, 3), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    expected = fisher.diagonal(model, data)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fisher.diagonal(model, data)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_general_setting_of_precision_still_holds_afterwards():

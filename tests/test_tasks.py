@@ -140,6 +140,10 @@ def test_letters_are_cached_and_a_damaged_cache_is_replaced(tmp_path, monkeypatc
         assert all(map(np.array_equal, _images.letters(), first))
         assert path.read_bytes() != damaged
     assert len(calls) == 5
+    path.unlink()
+    monkeypatch.setattr(_images.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert all(map(np.array_equal, _images.letters(), first))
+    assert not list((tmp_path / "ewc").iterdir())
 
 
 def test_letters_need_no_cache_folder(tmp_path, monkeypatch):
@@ -477,6 +481,11 @@ def test_split_numbers_classes_in_the_order_of_the_group(digits):
 def test_split_refuses_bad_groups(digits, groups, message):
     with pytest.raises(ValueError, match=message):
         tasks.split(digits, groups)
+
+
+def test_split_refuses_a_head_of_one_class(digits):
+    with pytest.raises(ValueError, match=r"Told the group \(9,\), there is nothing to choose"):
+        tasks.split(digits, [(0, 1), (9,)], scenario="task")
 
 
 def test_split_refuses_bad_scenarios(digits):
