@@ -242,10 +242,11 @@ class Product:
         left = torch.stack(self.waiting, 2) if len(self.waiting) > 1 else self.waiting[0].unsqueeze(2)
         n, groups, vectors, o, _ = left.shape
         i = self.right.shape[2]
-        left = left.flatten(2, 3)
+        dtype = torch.promote_types(left.dtype, self.right.dtype)  # they differ under autocast inside the model
+        left, right = left.flatten(2, 3).to(dtype), self.right.to(dtype)
         step = max(1, self.budget // (groups * vectors * o * i))
         for s in range(0, n, step):
-            g = left[s : s + step] @ self.right[s : s + step].transpose(2, 3)  # (n, groups, vectors * o, i)
+            g = left[s : s + step] @ right[s : s + step].transpose(2, 3)  # (n, groups, vectors * o, i)
             part = g.unflatten(2, (vectors, o)).to(accumulator(g.dtype)).square_().sum((0, 2))
             self.total = part if self.total is None else self.total.add_(part)
         self.waiting = []

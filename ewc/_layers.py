@@ -6,15 +6,19 @@ once; the squares follow in closed form, and no gradient per example of the whol
 
 A closed form is used for a parameter only if
 
-- the autograd graph shows that the recorded calls are the parameter's only uses, and
-- on a few examples its result equals that of plain autograd, one example at a time (`Engine._rehearse`).
+- the autograd graph shows that the recorded calls are the parameter's only uses,
+- on a few examples its result equals that of plain autograd, one example at a time (`Engine._rehearse`), and
+- the rows of the calls belong to the examples in their order, whatever the data: by the kinds of the operations in
+  the graph, or if these do not tell, by a test (`Engine._in_order`).
 
-Every other parameter takes gradients per example through ``torch.func``, and if that fails, through a loop.
+Every other parameter takes gradients per example through ``torch.func``, rehearsed as well, or else through a loop.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -31,6 +35,19 @@ REHEARSED = 2  # examples on which every fast path is compared with plain autogr
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # of that comparison; 0.2 in half precision
 BUDGET = 2**21  # numbers in one temporary tensor on the CPU; 32 times as many on a GPU
 SMALL = 2**20  # numbers in a temporary tensor that is worth making at one go
+# Operations whose output rows come from the same input rows, whatever the data: along the graph of these alone the rows
+# of a batch stay in place, or are rearranged by shape, which the rehearsal tells.
+STEADY = set(
+    "Abs AdaptiveAvgPool2D AdaptiveMaxPool2D Add Amax AvgPool2D Cat Celu Clamp ClampMax ClampMin "
+    "Clone ConstantPadNd Convolution Cos CudnnBatchNorm CudnnConvolution CudnnRnn Div Elu Embedding Erf Exp "
+    "Expand FusedRmsNorm Gelu Hardswish Hardtanh LeakyRelu LinalgVectorNorm Log LogSigmoid LogSoftmax Logsumexp "
+    "MaskedFill Max MaxPool2DWithIndices Mean Min Mish MkldnnRnnLayer Mul NativeBatchNorm NativeDropout "
+    "NativeGroupNorm NativeLayerNorm Neg Permute PixelShuffle Pow PreluKernel Prod Reciprocal ReflectionPad1D "
+    "ReflectionPad2D Relu Repeat ReplicationPad1D ReplicationPad2D ReshapeAlias Rsqrt Rsub "
+    "ScaledDotProductEfficientAttention ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
+    "Sigmoid Sign Silu Sin Softmax Softplus Sqrt Squeeze Stack Sub Sum T Tanh ThnnFusedGruCell ThnnFusedLstmCell "
+    "ToCopy Transpose Tril Unbind Unfold UnsafeView Unsqueeze UpsampleNearest2D Var View Where".split()
+)
 
 
 def numbers(tensors: Sequence[Tensor]) -> list:
@@ -80,8 +97,24 @@ def record(model: nn.Module, x: Tensor, wanted: dict[int, str]) -> tuple[Tensor,
         return model(x), calls
 
 
-def closed_calls(z: Tensor, calls: list[Call], wanted: dict[int, str]) -> tuple[dict[str, list[Call]], set[str]]:
-    """For every parameter of which all uses in the graph of ``z`` are recorded calls, these calls; and all used ones."""
+def steady(node, examples: int) -> bool:
+    """Whether an operation keeps the rows of a batch in their places."""
+    stem = re.sub(r"Backward\d*$", "", node.name())
+    if stem in ("Mm", "Addmm"):  # with a weight on the right; a matrix made from data on the left may pick rows
+        weight = node.next_functions[-1][0]
+        weight = weight.next_functions[0][0] if weight is not None and weight.name() == "TBackward0" else weight
+        return weight is None or hasattr(weight, "variable")
+    if stem == "Bmm":  # one product for each example, or several; einsum also makes it of a single one
+        factor = node._saved_mat2 if node._saved_self is None else node._saved_self
+        return factor is None or len(factor) % examples == 0
+    if stem in ("Select", "Slice", "Split", "UnsafeSplit"):  # of rows, perhaps by the data
+        return node._saved_dim != 0 or node._saved_self_sym_sizes[0] < examples
+    return stem in STEADY or hasattr(node, "variable")
+
+
+def closed_calls(z: Tensor, calls: list[Call], wanted: dict[int, str]) -> tuple[dict[str, list[Call]], set[str], bool]:
+    """For every parameter of which all uses in the graph of ``z`` are recorded calls, these calls; the names of all used
+    ones; and whether all operations are steady."""
     uses: dict[str, set] = {}
     reached = _walk(z.grad_fn, None, wanted, uses)
     explained: dict[str, list[set]] = {}
@@ -98,7 +131,7 @@ def closed_calls(z: Tensor, calls: list[Call], wanted: dict[int, str]) -> tuple[
         for name, edges in explained.items()
         if all(len(e) == 1 for e in edges) and len(set().union(*edges)) == len(edges) == len(uses[name])
     }
-    return closed, set(uses)
+    return closed, set(uses), all(steady(node, len(z)) for node in reached)
 
 
 def _walk(start, stop, wanted: dict[int, str], uses: dict[str, set]) -> set:
@@ -154,7 +187,9 @@ class Engine:
         self.rehearsed = 0  # on how many examples
         self.trusted: dict[str, set] = {}  # closed forms that passed the rehearsal, with the shapes they passed for
         self.refused: set[str] = set()  # closed forms that did not
+        self.proven: set[tuple] = set()  # parameters and shapes of an example for which torch.func passed
         self.looped: set[str] = set()  # parameters that torch.func cannot do
+        self.overwrites: bool | None = None  # whether the model writes into its input; the first pass tells
 
     def to_model(self, x: Tensor) -> Tensor:
         """Inputs on the model's device and, if they are floating-point numbers, in its precision."""
@@ -168,7 +203,7 @@ class Engine:
     def examples_at_once(self, x: Tensor) -> int:
         if self.batch_size is None:
             with torch.enable_grad():  # without a graph there are no calls to measure
-                _, calls = record(self.model, x[:REHEARSED], self.names)
+                _, calls = record(self.model, x[:REHEARSED].clone(), self.names)
             kernel = [math.prod(getattr(c.layer, "kernel_size", (1,))) for c in calls]
             size = x[0].numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel)) // REHEARSED
             self.batch_size = max(16, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
@@ -176,8 +211,10 @@ class Engine:
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of some examples, without a graph; `backward` refers to these examples."""
-        self.x = x
-        self.z, self.calls = record(self.model, x, self.names)
+        self.x, copied = x, x if self.overwrites is False else x.clone()
+        version = copied._version
+        self.z, self.calls = record(self.model, copied, self.names)
+        self.overwrites = self.overwrites or copied._version != version
         if not isinstance(self.z, Tensor):
             raise ValueError(f"The model returned a {type(self.z).__name__}; it must return the logits, one tensor.")
         return self.z.detach()
@@ -190,25 +227,58 @@ class Engine:
             return
         if not z.requires_grad:
             raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
-        owners, used = closed_calls(z, calls, self.names)
+        owners, used, in_place = closed_calls(z, calls, self.names)
         owners = {name: own for name, own in owners.items() if name not in self.refused}
+        if not in_place:
+            kept = self._in_order(z, list({call: None for own in owners.values() for call in own}))
+            owners = {name: own for name, own in owners.items() if kept.issuperset(own)}
         marks = {name: tuple(c.signature(len(x)) for c in own) for name, own in owners.items()}
 
         def trusted(name: str) -> bool:
             return marks[name] in self.trusted.get(name, ())
 
         if self.rehearsed < min(len(x), REHEARSED) or not all(map(trusted, owners)):
-            self._rehearse(x[:REHEARSED])
+            self._rehearse(x)
         sums = self._closed({name: own for name, own in owners.items() if name not in self.refused}, z, vectors)
         # What the rehearsal could not tell, since it saw zeros only, counts where it is zero again.
         sums = {name: total for name, total in sums.items() if trusted(name) or not total.any()}
         del z, calls, owners  # the graph
         rest = [name for name in self.wanted if name in used and name not in sums]
-        sums |= self._per_example([name for name in rest if name not in self.looped], x, vectors)
+        func = self._per_example([name for name in rest if name not in self.looped], x, vectors)
+        unproven = [name for name, total in func.items() if (name, x.shape[1:]) not in self.proven and total.any()]
+        if unproven:
+            self._rehearse_func(list(func), x)
+        unproven = [name for name in unproven if (name, x.shape[1:]) not in self.proven]
+        sums |= {name: total for name, total in func.items() if name not in self.looped.union(unproven)}
         sums |= self._one_by_one([name for name in rest if name not in sums], x, vectors)
         if sums:
             parts = [value.reshape(self.totals[name].shape) for name, value in sums.items()]
             torch._foreach_add_([self.totals[name] for name in sums], parts)
+
+    def _in_order(self, z: Tensor, calls: list[Call]) -> set[Call]:
+        """The calls whose rows belong to the examples in the order of these, as the closed forms take for granted.
+
+        If each example's vector is multiplied by a number of its own, each row of δ is multiplied by the number of the
+        example that it belongs to. The numbers are powers of two: multiplied by these nothing is rounded.
+        """
+        n = len(z)
+        calls = [call for call in calls if call.is_intact(n)]
+        if n == 1 or not calls or z.dtype == torch.float16:  # whose numbers are too few
+            return set(calls) if n == 1 else set()
+        random = torch.Generator().manual_seed(0)
+        v = torch.randn(z.shape, generator=random).to(z)
+        numbers_ = torch.exp2(torch.randint(-40, 41, (n,), generator=random).double()).to(z)
+        edges = [call.edge for call in calls]
+        one, other = (
+            torch.autograd.grad(z, edges, u, retain_graph=True, allow_unused=True)
+            for u in (v, v * numbers_.view(-1, *[1] * (z.dim() - 1)))
+        )
+        off = []
+        for a, b in zip(one, other):
+            a, b = (torch.zeros(n, 1, 1) if g is None else g.reshape(n, len(g) // n, -1) for g in (a, b))
+            far = (b / numbers_.to(b).view(-1, 1, 1) - a).norm(dim=2)
+            off.append((far > 0.01 * a.norm(dim=2) + 1e-5 * a.norm(dim=2).mean()).sum())
+        return {call for call, count in zip(calls, numbers(off)) if not count}
 
     def _closed(self, owners: dict[str, list[Call]], z: Tensor, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         forms = closed_forms(owners, self.wanted, len(z), self.budget)
@@ -236,6 +306,7 @@ class Engine:
         """Gradients of some parameters example by example through ``torch.func``, within the memory budget."""
         if not names:
             return {}
+        x = x.clone() if self.overwrites else x
         params = {n: self.wanted[n].detach() for n in names}
         where = places(self.model)
 
@@ -276,6 +347,7 @@ class Engine:
         """The definition itself: one example at a time, one gradient for every vector."""
         sums = {n: torch.zeros_like(self.totals[n]) for n in names}
         params = [self.wanted[n] for n in names]
+        x = x.clone() if self.overwrites else x
         for i in range(len(x) if names else 0):
             try:
                 one = self.model(x[i : i + 1])
@@ -313,37 +385,66 @@ class Engine:
             )
 
     def _rehearse(self, x: Tensor) -> None:
-        """Compares every fast path with plain autograd on a few examples and a random vector; keeps those that agree."""
-        z, calls = record(self.model, x, self.names)
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-        v = [noise.to(z.device, z.dtype)]
-        owners, _ = closed_calls(z, calls, self.names)
+        """Compares every closed form with plain autograd on a few examples and a random vector; keeps those that agree."""
+        x = self._different(x)
+        z, calls = record(self.model, x.clone() if self.overwrites else x, self.names)
+        v = self._noise(z, 1)
+        owners, *_ = closed_calls(z, calls, self.names)
         fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
         truth = self._one_by_one(list(self.wanted), x, v, z.detach())
-        size = dict(zip(truth, numbers(torch._foreach_norm(list(truth.values())))))
-        scale = max(size[name] / math.sqrt(max(1, t.numel())) for name, t in truth.items())
-
-        def differing(values: dict[str, Tensor]) -> set[str]:
-            if not values:
-                return set()
-            parts = [part.reshape(truth[name].shape) for name, part in values.items()]
-            far = numbers(torch._foreach_norm(torch._foreach_sub(parts, [truth[name] for name in values])))
-            wrong = set()
-            for name, distance in zip(values, far):
-                dtype = self.wanted[name].dtype
-                # A gradient of zero but for rounding (a bias before a normalisation) is judged against the others.
-                floor = min(1e-3, (100 * torch.finfo(dtype).eps) ** 2) * scale * math.sqrt(truth[name].numel())
-                if not distance <= TOLERANCE.get(dtype, 0.2) * size[name] + floor:  # NaN is wrong, too
-                    wrong.add(name)
-            return wrong
-
-        wrong = differing(fast)
+        wrong, doubtful, size = self._compared(fast, truth)
         self.refused |= wrong
-        for name in fast.keys() - wrong:
+        if doubtful and self.dtype != torch.float64:
+            self.refused |= self._refused_in_double(x) & doubtful
+        for name in fast.keys() - self.refused:
             if size[name]:  # zeros prove nothing: look again at the next chunk
                 mark = tuple(c.signature(len(x)) for c in owners[name])
                 self.trusted.setdefault(name, set()).add(mark)
-        if self.rehearsed < len(x):
-            slow = [name for name in self.wanted if name not in self.trusted]
-            self.looped |= differing(self._per_example(slow, x, v))
         self.rehearsed = max(self.rehearsed, len(x))
+
+    def _rehearse_func(self, names: list[str], x: Tensor) -> None:
+        """The same for torch.func. Several vectors, since it can be right with one and wrong with many."""
+        x, shape = self._different(x), x.shape[1:]
+        v = self._noise(record(self.model, x.clone(), {})[0].detach(), 3)
+        truth = self._one_by_one(names, x, v)
+        found = self._per_example(names, x, v)
+        wrong, doubtful, size = self._compared(found, truth)
+        self.looped |= wrong
+        self.proven |= {(name, shape) for name in found.keys() - wrong - doubtful if size[name]}
+
+    def _different(self, x: Tensor) -> Tensor:
+        """A few examples that are not alike, so that to mix them would show."""
+        if len(x) > REHEARSED and torch.equal(x[0], x[1]):
+            others = (x != x[0]).flatten(1).any(1).nonzero().flatten()
+            return x[[0, int(others[0]) if len(others) else 1]]
+        return x[:REHEARSED]
+
+    def _noise(self, z: Tensor, count: int) -> list[Tensor]:
+        return list(torch.randn((count, *z.shape), generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype))
+
+    def _compared(self, values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[set[str], set[str], dict[str, float]]:
+        """The names that differ from the truth; those that agree only in being small beside the others; their sizes."""
+        size = dict(zip(truth, numbers(torch._foreach_norm(list(truth.values())))))
+        scale = max(size[name] / math.sqrt(max(1, t.numel())) for name, t in truth.items())
+        wrong, doubtful = set(), set()
+        parts = [part.reshape(truth[name].shape) for name, part in values.items()]
+        far = numbers(torch._foreach_norm(torch._foreach_sub(parts, [truth[n] for n in values]))) if values else []
+        for name, distance in zip(values, far):
+            dtype = self.wanted[name].dtype
+            # A gradient of zero but for rounding (a bias before a normalisation) is judged against the others.
+            floor = min(1e-3, (100 * torch.finfo(dtype).eps) ** 2) * scale * math.sqrt(truth[name].numel())
+            near = TOLERANCE.get(dtype, 0.2) * size[name]
+            if not distance <= near + floor:  # NaN is wrong, too
+                wrong.add(name)
+            elif distance > near:
+                doubtful.add(name)
+        return wrong, doubtful, size
+
+    def _refused_in_double(self, x: Tensor) -> set[str]:
+        """The closed forms that do not pass in double precision, where a small gradient is not lost in rounding."""
+        try:
+            twin = Engine(copy.deepcopy(self.model).double())
+            twin._rehearse(twin.to_model(x))
+        except Exception:  # a model that cannot be copied or converted: the closed forms in doubt go
+            return set(self.wanted)
+        return twin.refused

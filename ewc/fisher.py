@@ -102,7 +102,8 @@ def diagonal(
     with _untouched(model), _progress("Fisher", _length(data), "examples") as bar:
         engine = _layers.Engine(model, batch_size)
         for x, y in _blocks(data):
-            x, y = engine.to_model(x), y.to(engine.device)
+            # Labels as long integers: an unsigned 156 would be equal to -100.
+            x, y = engine.to_model(x), y.to(engine.device, None if y.is_floating_point() else torch.long)
             shortlist = None
             if tolerance:
                 shortlist = _Shortlist(engine, x, y, classes, tolerance)
@@ -328,7 +329,7 @@ def class_index(classes: Sequence[int] | Tensor | None, z: Tensor, least: int = 
     """The classes that the softmax over logits ``z`` runs over, checked, ``least`` or more; None for all of them."""
     if classes is None:
         return None
-    index = torch.as_tensor(classes, device=z.device)
+    index = torch.as_tensor(classes if isinstance(classes, Tensor) else list(classes), device=z.device)
     if index.dtype == torch.bool and index.shape == z.shape[1:2]:
         index = index.nonzero().flatten()
     ok = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool and len(index) >= least
@@ -389,26 +390,34 @@ def _mean(engine: _layers.Engine) -> dict[str, Tensor]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients on; puts back modes and buffers, whatever happens inside."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (m, k, b, None if b.is_inference() else b._version, b.clone())  # one made in that mode has no version
-        for m in model.modules()
-        for k, b in m._buffers.items()
+    """Eval mode with gradients on; puts back modes, buffers and attributes, whatever happens inside."""
+    modules = list(model.modules())
+    before = [(module, module.training, dict(vars(module)), dict(module._buffers)) for module in modules]
+    contents = [
+        (b, None if b.is_inference() else b._version, b.clone())  # one made in that mode has no version
+        for module in modules
+        for b in module._buffers.values()
         if b is not None
     ]
     try:
-        model.eval()
+        for module in modules:  # not by `eval()`, which some models override to merge weights
+            module.training = False
         with torch.inference_mode(False), torch.enable_grad(), _full_precision(_layers.recurrent(model)):
             yield
     finally:
-        for module, training in modes:
+        for module, training, attributes, buffers in before:
+            for key in [key for key, value in vars(module).items() if isinstance(value, Tensor)]:
+                if key not in attributes:  # a tensor that the forward pass left in the module
+                    delattr(module, key)
+                else:
+                    setattr(module, key, attributes[key])
             module.training = training
+            module._buffers.clear()
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for module, key, buffer, version, copy in buffers:
+            for buffer, version, copy in contents:
                 if version is not None and buffer._version != version:
                     buffer.copy_(copy)
-                module._buffers[key] = buffer
 
 
 @contextmanager

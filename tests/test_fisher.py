@@ -59,27 +59,6 @@ def distance(a, b):
     return max(float((a[n] - b[n]).norm()) / max(float(b[n].norm()), 1e-12 * largest) for n in b)
 
 
-def test_data_made_in_inference_mode_are_data():
-    model = nn.Linear(4, 3)
-    with torch.inference_mode():
-        x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    expected = fisher.diagonal(model, (x.clone(), y.clone()))
-    assert all(torch.equal(f, expected[name]) for name, f in fisher.diagonal(model, (x, y)).items())
-
-
-def test_reading_a_dataset_leaves_torch_s_random_numbers_alone():
-    class Pairs(TorchDataset):
-        def __len__(self):
-            return 5
-
-        def __getitem__(self, i):
-            return torch.full((4,), float(i)), i % 3
-
-    model, state = nn.Linear(4, 3), torch.get_rng_state()
-    fisher.diagonal(model, Pairs())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # ---- models -------------------------------------------------------------------------------------
 
 
@@ -1151,18 +1130,23 @@ def test_the_fast_way_is_taken_where_there_is_one(name, monkeypatch):
         x, y = torch.randint(7, (5, 5)), torch.randint(3, (5,))
     else:
         model, x, y = make(name)
-    slow, per_example, one_by_one = [], _layers.Engine._per_example, _layers.Engine._one_by_one
+    slow, rehearsals = [], []
 
-    def counted(self, names, *rest):
-        slow.extend(names if name not in VECTORISED else ())
-        return per_example(self, names, *rest)
+    def watched(method, note):
+        original = getattr(_layers.Engine, method)
 
-    def looped(self, names, x, vectors, z=None):
-        slow.extend(names if z is None else ())  # with z it is the rehearsal
-        return one_by_one(self, names, x, vectors, z)
+        def instead(self, names, *rest):
+            note(names)
+            result = original(self, names, *rest)
+            rehearsals.pop() if note == rehearsals.append else None
+            return result
 
-    monkeypatch.setattr(_layers.Engine, "_per_example", counted)
-    monkeypatch.setattr(_layers.Engine, "_one_by_one", looped)
+        monkeypatch.setattr(_layers.Engine, method, instead)
+
+    watched("_rehearse", rehearsals.append)
+    watched("_rehearse_func", rehearsals.append)
+    watched("_per_example", lambda names: slow.extend(names if name not in VECTORISED else ()))
+    watched("_one_by_one", lambda names: slow.extend(() if rehearsals else names))
     for estimator in DETERMINISTIC:
         fisher.diagonal(model, (x, y), estimator, batch_size=3)
     assert slow == []
@@ -1365,3 +1349,261 @@ def test_a_buffer_made_in_inference_mode():
     before = model.seen
     fisher.diagonal(model, (x, y))
     assert model.seen is before and float(before) == len(x)
+
+
+def test_data_made_in_inference_mode_are_data():
+    model = nn.Linear(4, 3)
+    with torch.inference_mode():
+        x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    expected = fisher.diagonal(model, (x.clone(), y.clone()))
+    assert all(torch.equal(f, expected[name]) for name, f in fisher.diagonal(model, (x, y)).items())
+
+
+def test_reading_a_dataset_leaves_torch_s_random_numbers_alone():
+    class Pairs(TorchDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return torch.full((4,), float(i)), i % 3
+
+    model, state = nn.Linear(4, 3), torch.get_rng_state()
+    fisher.diagonal(model, Pairs())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- what hides from a rehearsal ----------------------------------------------------------------
+
+
+def _unpadded(m, x):
+    """Layers run on the tokens alone, as fast implementations of encoders do."""
+    real, h = x != 0, m.table(x)
+    tokens = h.new_zeros(*x.shape, 5)
+    tokens[real] = m.inner(h[real]).tanh()
+    return m.out(tokens.sum(1))
+
+
+def _experts(m, x):
+    """Each token goes to one of two experts, by its own first entry."""
+    tokens = x.flatten(0, 1)
+    chosen, h = (tokens[:, 0] > 0).long(), tokens.new_zeros(len(tokens), 5)
+    for k, expert in enumerate((m.one, m.other)):
+        h = h.index_add(0, (chosen == k).nonzero().flatten(), expert(tokens[chosen == k]).tanh())
+    return m.out(h.unflatten(0, x.shape[:2]).sum(1))
+
+
+def _pooled(m, x):
+    """The tokens that count are packed, and a matrix made from the data sums them up by example."""
+    example, place = (x[..., 0] > 0).nonzero(as_tuple=True)
+    owner = F.one_hot(example, len(x)).T.to(x)
+    return m.out(m.product(owner, m.inner(x[example, place]).tanh()))
+
+
+def _sorted(m, x):
+    """One layer sees the examples twice, once in the order of a key."""
+    order = x[:, 1, 0].argsort()
+    return m.out(m.inner(x[:, 0]).tanh() + m.inner(x[order, 1]).tanh()[order.argsort()])
+
+
+def _rows(kind):
+    torch.manual_seed(0)
+    layers = {"out": nn.Linear(5, 3)}
+    if kind == "experts":
+        layers |= {"one": nn.Linear(4, 5), "other": nn.Linear(4, 5)}
+    else:
+        layers |= {"inner": nn.Linear(4, 5)}
+    if kind == "unpadded":
+        layers["table"] = nn.Embedding(20, 4, padding_idx=0)
+        x = torch.zeros(6, 6, dtype=torch.long)
+        for row, length in zip(x, (3, 3, 1, 5, 2, 4)):
+            row[:length] = torch.randint(1, 20, (length,))
+    else:
+        x = torch.randn(24, 4, 4, dtype=torch.float64)
+    if kind != "unpadded" and kind != "sorted":  # every example has two tokens of each kind, wherever they stand, but for the last
+        sign = torch.tensor([1.0, 1.0, -1.0, -1.0])
+        x[..., 0] = x[..., 0].abs() * torch.stack([sign[torch.randperm(4)] for _ in x])
+        x[2, :, 0], x[3, :, 0] = x[2, :, 0].abs(), -x[3, :, 0].abs()
+    if kind == "sorted":
+        x[:, 1, 0] = torch.tensor([0.0, 1.0, *torch.randn(22).add(9).tolist()])
+    forward = {"unpadded": _unpadded, "experts": _experts, "sorted": _sorted}.get(kind, _pooled)
+    model = Lambda(forward, **layers).double()
+    model.product = torch.matmul if kind == "pooled" else lambda a, b: torch.einsum("nr,rd->nd", a, b)
+    return model, x, torch.randint(3, (len(x),))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2, 4])
+@pytest.mark.parametrize("kind", ["unpadded", "experts", "pooled", "pooled by einsum", "sorted"])
+def test_rows_that_the_data_assign_to_the_examples(kind, batch_size):
+    """What the shapes of two examples prove does not hold for others, whose rows lie elsewhere."""
+    model, x, y = _rows(kind)
+    for estimator in ("exact", "empirical"):
+        found = fisher.diagonal(model, (x, y), estimator, batch_size=batch_size)
+        assert distance(found, brute_force(model, x, y, estimator)) < 1e-10
+
+
+def test_an_ordinary_network_is_not_tested_for_it(monkeypatch):
+    monkeypatch.setattr(_layers.Engine, "_in_order", lambda *_: pytest.fail("not needed"))
+    for name in ("perceptron", "conv3d", "attention, positions first", "lstm", "layer and root-mean-square norm"):
+        model, x, y = make(name)
+        fisher.diagonal(model, (x, y))
+
+
+def test_prototypes_for_which_torch_func_is_right_with_a_single_vector():
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: -torch.cdist(m.body(x), m.prototypes), body=nn.Linear(4, 5))
+    model = _with(model, prototypes=torch.randn(3, 5)).double()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    assert distance(fisher.diagonal(model, (x, y)), brute_force(model, x, y)) < 1e-10
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+def test_a_parameter_without_gradient_in_the_rehearsal_is_rehearsed_later(estimator):
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: m.b(F.prelu(m.a(x), m.slope)), a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    model = _with(model, slope=torch.rand(5)).double()
+    with torch.no_grad():
+        model.a.weight.abs_()
+        model.a.bias.zero_()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    x[:2].abs_()  # nothing negative for the slope to act on
+    found = fisher.diagonal(model, (x, y), estimator, batch_size=2)
+    assert distance(found, brute_force(model, x, y, estimator)) < 1e-10
+
+
+@pytest.mark.parametrize("lengths", [(1, 3), (3, 1, 2)])
+def test_a_closed_form_trusted_for_one_shape_leaves_others_to_a_rehearsal(lengths):
+    torch.manual_seed(0)
+    model = Lambda(
+        lambda m, x: m.b(m.act(m.a(x.transpose(0, 1).flatten(0, 1))).unflatten(0, x.shape[1::-1]).mean(0)),
+        a=nn.Linear(4, 5), act=nn.PReLU(5), b=nn.Linear(5, 3),
+    ).double()
+    parts = [(torch.randn(3, t, 4, dtype=torch.float64), torch.randint(3, (3,))) for t in lengths]
+    expected = [brute_force(model, x, y, "empirical") for x, y in parts]
+    class Parts(TorchDataset):
+        def __len__(self):
+            return len(parts)
+
+        def __getitem__(self, i):
+            return parts[i]
+
+    found = fisher.diagonal(model, DataLoader(Parts(), batch_size=None), "empirical")
+    assert distance(found, {n: sum(e[n] for e in expected) / len(parts) for n in found}) < 1e-10
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float32, 1e-4)])
+def test_a_closed_form_is_not_trusted_for_a_gradient_that_is_small_beside_the_others(dtype, tolerance):
+    """The layer runs with the positions before the examples, which its closed form would take for one another."""
+    torch.manual_seed(0)
+    model = Lambda(
+        lambda m, x: m.out(m.inner(x.transpose(0, 1).flatten(0, 1)).tanh().unflatten(0, x.shape[1::-1]).mean(0)),
+        inner=nn.Linear(16, 32), out=nn.Linear(32, 10),
+    )
+    with torch.no_grad():
+        model.out.weight *= 0.1 if dtype == torch.bfloat16 else 1e-6
+    x, y = torch.randn(8, 8, 16) * 0.3 + torch.randn(8, 1, 16), torch.randint(10, (8,))
+    model, x = model.to(dtype), x.to(dtype)
+    found = fisher.diagonal(model, (x, y))
+    truth = brute_force(model.double(), x.double(), y)
+    for name, value in found.items():
+        assert (value - truth[name]).norm() < tolerance * truth[name].norm(), name
+
+
+def test_mixed_examples_are_noticed_though_the_first_two_are_the_same():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(3, track_running_stats=False)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), norm, nn.Tanh(), nn.Flatten(), nn.Linear(9, 3)).double()
+    x, y = torch.randn(6, 2, 4, dtype=torch.float64), torch.randint(3, (6,))
+    x[1] = x[0]
+    with pytest.raises(ValueError, match="mixes the examples"):
+        fisher.diagonal(model, (x, y))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_first_layer_that_works_in_place_leaves_the_data_alone(batch_size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    x[:2].abs_()
+    before, expected = x.clone(), brute_force(nn.Sequential(nn.LeakyReLU(0.5), *model[1:]), x, y)
+    for options in ({}, {"tolerance": 1e-12}):
+        found = fisher.diagonal(model, (x, y), batch_size=batch_size, **options)
+        assert torch.equal(x, before) and distance(found, expected) < 1e-9
+
+
+def test_unsigned_labels_are_no_padding():
+    torch.manual_seed(0)
+    model = nn.Conv1d(2, 160, 1).double()
+    x, y = torch.randn(3, 2, 4, dtype=torch.float64), torch.full((3, 4), 156)
+    for estimator in ("exact", "empirical"):
+        expected = fisher.diagonal(model, (x, y), estimator)
+        found = fisher.diagonal(model, (x, y.to(torch.uint8)), estimator)
+        assert all(torch.equal(found[name], f) and f.any() for name, f in expected.items())
+
+
+def test_a_model_that_merges_weights_in_eval_mode_stays_unmerged():
+    """As adapters of low rank do: their `train` adds the product to the weight, or takes it out again."""
+
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.A, self.B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(3, 2))
+            self.merged = False
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode == self.merged:
+                self.weight.data += (self.B @ self.A).detach() * (-1.0 if mode else 1.0)
+                self.merged = not mode
+            return self
+
+        def forward(self, x):
+            return super().forward(x) + (0 if self.merged else x @ (self.B @ self.A).T)
+
+    torch.manual_seed(0)
+    model = Adapted().double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    weight = model.weight.detach().clone()
+    found = fisher.diagonal(model, (x, y))
+    assert torch.equal(model.weight, weight) and model.training and not model.merged
+    assert found["A"].any() and found["B"].any()
+
+
+def test_tensors_that_a_forward_pass_leaves_in_the_model_are_as_before():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+            self.register_buffer("cache", None)
+            self.seen = torch.zeros(1)
+
+        def forward(self, x):
+            z = self.inner(x) * self.scale
+            self.cache, self.seen, self.new = x.sum(), z.detach(), z
+            return z
+
+    model, x, y = Remembers(), torch.randn(5, 4), torch.randint(3, (5,))
+    seen = model.seen
+    fisher.diagonal(model, (x, y))
+    assert model.seen is seen and model.cache is None and not hasattr(model, "new")
+    copy.deepcopy(model)
+
+
+def test_autocast_inside_the_model():
+    """A layer's input is then of another type than the gradient at its output."""
+
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.inner, self.out = nn.Conv1d(2, 3, 2), nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+                z = self.out(self.inner(self.conv(x).transpose(1, 2)).tanh().sum(1))
+            return z.to(x.dtype)
+
+    torch.manual_seed(0)
+    model, x, y = Casts(), torch.randn(6, 2, 5), torch.randint(3, (6,))
+    found = fisher.diagonal(model, (x, y))
+    truth = brute_force(copy.deepcopy(model).double(), x.double(), y)
+    for name, value in found.items():
+        assert (value - truth[name]).norm() < 0.1 * truth[name].norm()
