@@ -10,20 +10,22 @@ ones left out, and :func:`blocks` says which rows and columns belong to which of
 C classes, P parameters.
 
 Labels are integers, one for each example. What runs the model raises ValueError for a model without trainable
-parameters and for logits that are not finite, and TypeError for data of another kind.
+parameters, one that mixes the examples of a batch or is random in eval mode, and logits that are not finite, and
+TypeError for data of another kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from ewc._layers import places
-from ewc.fisher import _blocks, _length, _progress
+from ewc._layers import TOLERANCE, places
+from ewc.fisher import _blocks, _length, _progress, unwrap
 
 __all__ = [
     "blocks",
@@ -88,7 +90,8 @@ def softmax_fisher(logits: Tensor) -> Tensor:
     Implements: eq-softmax-fisher
     """
     p = logits.softmax(-1)
-    return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    products = p.unsqueeze(-1) * p.unsqueeze(-2) * (1 - torch.eye(p.shape[-1]).to(p))
+    return torch.diag_embed(products.sum(-1)) - products  # near interpolation p - p² would lose its digits
 
 
 def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -285,11 +288,12 @@ def _label_minus_p(labels: Tensor, p: Tensor) -> Tensor:
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
 
 
 def _flat(model: nn.Module):
     """The flat parameter vector θ (P,) and the function (θ, x) -> logits."""
+    model = unwrap(model)
     trainable = _trainable(model)
     if not trainable:
         raise ValueError("The model has no trainable parameter: there is nothing to differentiate.")
@@ -343,15 +347,22 @@ def whole(y: Tensor, theta: Tensor) -> Tensor:
     """Labels as torch's losses and indices want them, on the device of θ."""
     if y.is_floating_point():
         raise ValueError("The labels are floating-point numbers: give one integer per example.")
-    return y.to(theta.device, torch.int64)
+    return _usable(y.to(theta.device, torch.int64))
 
 
 def like(x: Tensor, theta: Tensor) -> Tensor:
-    return x.to(theta.device, theta.dtype if x.is_floating_point() else None)
+    return _usable(x.to(theta.device, theta.dtype if x.is_floating_point() else None))
+
+
+def _usable(x: Tensor) -> Tensor:
+    """A copy of what was made in inference mode: autograd could not save it."""
+    return x.clone() if x.is_inference() else x
 
 
 def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-    return check(logits_of(theta, x), len(x), y)
+    logits = check(logits_of(theta, x), len(x), y)
+    check_alone(lambda one: logits_of(theta, one), x, logits)
+    return logits
 
 
 def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
@@ -372,8 +383,23 @@ def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
     return logits
 
 
+def check_alone(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> None:
+    """Refuses a model that finds other logits for the first example of x when it is run alone."""
+    among = logits[:1].detach()
+    try:
+        alone = model(x[:1]).detach()
+    except Exception as error:
+        raise ValueError(f"The model fails on one example alone, so it has no curvature per one: {error}") from error
+    if alone.shape != among.shape or torch.dist(alone, among) > TOLERANCE.get(among.dtype, 0.2) * among.norm():
+        raise ValueError(
+            "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
+            "normalisation without running statistics?) or is random in eval mode, so it has no curvature per example."
+        )
+
+
 def _jacobian(logits_of, theta: Tensor, x: Tensor) -> Tensor:
-    return vmap(lambda x_: jacrev(lambda t: logits_of(t, x_.unsqueeze(0)).squeeze(0))(theta))(x)
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for fused attention
+        return vmap(lambda x_: jacrev(lambda t: logits_of(t, x_.unsqueeze(0)).squeeze(0))(theta))(x)
 
 
 def _chunks(logits_of, theta: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -386,9 +412,10 @@ def _chunks(logits_of, theta: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[Te
 
 def _second_derivative(scalar, theta: Tensor) -> Tensor:
     """The Hessian of a function of θ: row i is the gradient of the i-th entry of its gradient."""
-    _, row = vjp(grad(scalar), theta)
     unit = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
-    return vmap(lambda e: row(e)[0], chunk_size=64)(unit)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        _, row = vjp(grad(scalar), theta)
+        return vmap(lambda e: row(e)[0], chunk_size=64)(unit)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,9 @@ def factors(
     At one position both are the same. No damping is added: nothing here is inverted.
 
     Args:
-        model: a network that maps (N, ...) to logits (N, C); all its trainable parameters belong to Linear or
-            (ungrouped) Conv2d layers that run once. Freeze the others. The pass runs in eval mode.
+        model: a network that maps (N, ...) to logits (N, C), one example independent of the others; all its
+            trainable parameters belong to Linear or (ungrouped) Conv2d layers that run once. Freeze the others.
+            The pass runs in eval mode, and not compiled.
         data: a dataset, a loader or a pair of tensors (inputs, labels); in an initialised process group each
             rank passes its own shard, and all get the mean over all of them.
         estimator: whose labels, as in :func:`ewc.curvature.full_fisher`: ``"exact"`` (all classes, weighed by
@@ -81,7 +83,8 @@ def factors(
 
     Raises:
         ValueError: a layer without a Kronecker form (named), an unknown setting or estimator, empty data,
-            labels out of range, logits that are not finite.
+            labels out of range, logits or factors that are not finite, a model that mixes the examples of a
+            batch or is random in eval mode.
         TypeError: data of another kind.
 
     References:
@@ -107,11 +110,14 @@ def factors(
     }
     # Examples, then each layer's rows; counted on the host, so that no batch has to wait for the device.
     counts = torch.zeros(1 + len(layers), dtype=kind)
-    with torch.inference_mode(False), curvature.evaluating(model), _full_precision(recurrent=False), torch.enable_grad():
+    exact = _full_precision(recurrent=False)
+    with torch.inference_mode(False), torch.enable_grad(), exact, curvature.evaluating(model), _uncompiled(model):
         for x, y in curvature.batches(data, batch_size):
             x, y = curvature.like(x, weight), curvature.whole(y, weight)
             with _recorded(layers) as records:
                 logits = curvature.check(model(x), len(x), y)
+            if not counts[0]:
+                curvature.check_alone(model, x, logits)
             outputs = [_one_output(name, layers[name], records[name]) for name in layers]
             inputs = [_rows(name, layers[name], records[name][0][0], len(x), setting) for name in layers]
             if classes is not None:
@@ -137,7 +143,24 @@ def factors(
     _add_over_processes(counts, *(matrix for pair in sums.values() for matrix in pair))
     if not counts[0]:
         raise ValueError("The data holds no example: the factors are means over at least one.")
-    return {name: Factors(A / rows, G / counts[0]) for (name, (A, G)), rows in zip(sums.items(), counts[1:])}
+    means = {name: Factors(A / rows, G / counts[0]) for (name, (A, G)), rows in zip(sums.items(), counts[1:])}
+    for name, pair in means.items():
+        if not all(matrix.isfinite().all() for matrix in pair):
+            raise ValueError(f"The factors of layer {name!r} are not finite: its inputs or gradients overflow.")
+    return means
+
+
+def _exactly(method: Callable) -> Callable:
+    """The method without autocast, which would round its products to half precision."""
+
+    @wraps(method)
+    def run(*given, **named):
+        if not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return method(*given, **named)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*given, **named)
+
+    return run
 
 
 class KFAC:
@@ -155,7 +178,8 @@ class KFAC:
     Kronecker product, so there are two ways to keep it:
 
     - ``keep="each"``: the factors of every task. The sum is exact; memory grows by
-      (inputs + 1)² + outputs² per layer and task, and so does the work of a step.
+      (inputs + 1)² + outputs² per layer and task (:meth:`pull` adds copies in float64), and so does the work of a
+      step.
     - ``keep="pooled"``: one pair, :math:`\sum_t A_t \otimes G_t \approx \bar A \otimes \sum_t G_t` with the mean
       :math:`\bar A` of the tasks' A. The size stays, and so does the closed form of :meth:`pull`. Exact if the
       tasks share A, or share G; otherwise it drops a covariance over the tasks, as K-FAC does over examples.
@@ -208,7 +232,7 @@ class KFAC:
         self.count = 0
         self.tasks: list[dict[str, Factors]] = []
         self.theta_star: dict[str, Tensor] = {}
-        self._bases: dict[str, tuple[Tensor, ...]] = {}
+        self._bases: dict = {}  # what `pull` derives from the factors
 
     @property
     def strength(self) -> float:
@@ -216,11 +240,12 @@ class KFAC:
 
     @strength.setter
     def strength(self, value: float) -> None:
+        value = float(value)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(
                 f"strength is the λ of (λ/2) tr(GΔAΔᵀ): a finite number, at least 0; got {value!r}."
             )
-        self._strength = float(value)
+        self._strength = value
 
     @torch.inference_mode(False)  # a tensor made in that mode would be of no use for training
     def consolidate(
@@ -241,8 +266,8 @@ class KFAC:
             classes: as for :func:`factors`.
 
         Raises:
-            ValueError: what :func:`factors` raises, or a model that is not the stored one. The memory is then
-                as it was.
+            ValueError: what :func:`factors` raises, weights that are not finite, or a model that is not the
+                stored one. The memory is then as it was.
 
         Implements: eq-kfac-pooled
         """
@@ -259,6 +284,9 @@ class KFAC:
             model, data, self.estimator, setting=self.setting, generator=self.generator, classes=classes
         )
         anchors = {n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in new}
+        for name, anchor in anchors.items():
+            if not anchor.isfinite().all():
+                raise ValueError(f"Parameter {name!r} is not finite: an anchor has to be; go back to sound weights.")
         if self.keep == "pooled" and self.tasks:
             share, (old,) = 1 / (self.count + 1), self.tasks
             new = {name: Factors(A.lerp(new[name].A, share), G + new[name].G) for name, (A, G) in old.items()}
@@ -268,8 +296,11 @@ class KFAC:
         self.theta_star = anchors
         self._bases = {}
 
+    @_exactly
     def penalty(self, model: nn.Module) -> Tensor:
         r"""The value :math:`\frac\lambda2 \sum \operatorname{tr}(G \Delta A \Delta^\top)`, which has a gradient.
+
+        In float32 or better, like the gradient and the step below, for weights of any precision.
 
         Raises:
             ValueError: a model that is not the stored one, or on another device.
@@ -283,6 +314,7 @@ class KFAC:
             total = total + (delta * self._curved(name, delta)).sum()
         return self.strength / 2 * total
 
+    @_exactly
     @torch.no_grad()
     def add_gradient(self, model: nn.Module) -> None:
         r"""Adds the penalty's gradient, :math:`\lambda \sum_t G_t \Delta A_t`, to every ``.grad``.
@@ -290,6 +322,8 @@ class KFAC:
         Raises:
             ValueError: a model that is not the stored one, or on another device.
         """
+        if not self.strength:
+            return
         for name, layer in self._layers(unwrap(model)).items():
             gradient = self.strength * self._curved(name, _matrix(layer) - self._anchor(name))
             for parameter, part in _parts(layer, gradient):
@@ -298,6 +332,7 @@ class KFAC:
                 else:
                     parameter.grad.add_(part)
 
+    @_exactly
     @torch.no_grad()
     def pull(self, model: nn.Module, step: float | Tensor | Mapping[str, Tensor]) -> None:
         r"""The proximal step on the penalty, in place: the Δ that solves
@@ -306,9 +341,9 @@ class KFAC:
         With one pair of factors (one task, or pooled) and a step s that is a number, this is exact and costs four
         small products: in the bases :math:`G = U g U^\top, A = V a V^\top` every entry of
         :math:`U^\top \Delta V` is divided by :math:`1 + s\lambda g_i a_j`. With several pairs, or a step for each
-        weight (Adam's), no basis diagonalises the system; conjugate gradients, preconditioned by the mean factors
-        and the mean step, solve it to a relative error of 1e-6 or stop after 50 products. Wherever they stop, the
-        penalty has not risen (but for rounding), whatever λ.
+        weight (Adam's), no basis diagonalises the system; conjugate gradients in float64, preconditioned by the mean
+        factors and the mean step, solve it to an error of 1e-6 of the move or stop after 50 products. Wherever they
+        stop, the penalty has not risen (but for rounding), whatever λ.
 
         Args:
             model: the network being trained.
@@ -316,11 +351,13 @@ class KFAC:
                 -> s, a number or a tensor of the parameter's shape.
 
         Raises:
-            ValueError: a negative or non-finite step, one that is missing, or a model that is not the stored
-                one.
+            ValueError: a step that is negative, not finite, missing or of another shape than its parameter, or a
+                model that is not the stored one.
 
         Implements: eq-kfac-proximal
         """
+        if not self.strength:
+            return
         for name, layer in self._layers(unwrap(model)).items():
             size = _step(layer, name, step)
             single = isinstance(size, float) or not size.dim()  # one step for all the layer's weights
@@ -329,11 +366,10 @@ class KFAC:
                 continue
             anchor = self._anchor(name)
             start = _matrix(layer) - anchor
-            start = start.to(torch.promote_types(start.dtype, torch.float32))  # a solver's sums overflow in half
             if len(self.tasks) == 1 and single:
                 delta = self._shrink(name, start, size)
             else:
-                size = torch.as_tensor(size, dtype=start.dtype, device=start.device)
+                size = torch.as_tensor(size, dtype=torch.float64, device=start.device)
                 delta = self._conjugate_gradients(name, start, size)
             for parameter, part in _parts(layer, anchor + delta):
                 parameter.copy_(part)
@@ -355,7 +391,7 @@ class KFAC:
         """Takes over a :meth:`state_dict`, options included.
 
         Raises:
-            ValueError: not the state of a `KFAC` memory; the memory is then as it was.
+            ValueError: not the state of a `KFAC` memory, or a damaged one; the memory is then as it was.
         """
         expected = self.state_dict().keys()
         if not isinstance(state, Mapping) or set(state) != set(expected):
@@ -363,22 +399,25 @@ class KFAC:
             raise ValueError(
                 f"This is not the state of a KFAC memory: expected {sorted(expected)}, found {found}."
             )
-        new = KFAC(
-            state["strength"],
-            estimator=state["estimator"],
-            setting=state["setting"],
-            keep=state["keep"],
-            generator=self.generator,
-        )
-        new.count = int(state["count"])
-        new.tasks = [
-            {
-                name: Factors(pair["A"].detach().clone(), pair["G"].detach().clone())
-                for name, pair in task.items()
-            }
-            for task in state["tasks"]
-        ]
-        new.theta_star = {name: value.detach().clone() for name, value in state["theta_star"].items()}
+        options = {key: state[key] for key in ("strength", "estimator", "setting", "keep")}
+        try:
+            new = KFAC(**options, generator=self.generator)
+            new.count = int(state["count"])
+            new.tasks = [
+                {name: Factors(*(pair[key].detach().clone() for key in "AG")) for name, pair in task.items()}
+                for task in state["tasks"]
+            ]
+            new.theta_star = {name: value.detach().clone() for name, value in state["theta_star"].items()}
+            shapes = {}
+            for name in {key.rpartition(".")[0] for key in new.theta_star}:
+                outputs, inputs = new._anchor(name).shape
+                shapes[name] = (inputs, inputs), (outputs, outputs)
+            found = [{name: (A.shape, G.shape) for name, (A, G) in task.items()} for task in new.tasks]
+            pairs = new.count if new.keep == "each" else min(new.count, 1)
+            if found != [shapes] * pairs or bool(found) != bool(shapes):
+                raise ValueError("its tasks, count and theta_star differ in number, names or shapes")
+        except Exception as error:
+            raise ValueError(f"This state is damaged: {type(error).__name__}, {error}.") from error
         self.__dict__.update(new.__dict__)
 
     @torch.inference_mode(False)
@@ -425,29 +464,47 @@ class KFAC:
             self._bases[name] = U.to(G), V.to(A), curvatures.to(G)
         return self._bases[name]
 
+    def _stacks(self, name: str) -> tuple[Tensor, Tensor]:
+        """The tasks' A and G in float64, without the negative eigenvalues that rounding to float32 left."""
+        if (name, "each") not in self._bases:
+            self._bases[name, "each"] = tuple(
+                torch.stack(list(map(_positive, matrices))) for matrices in zip(*(task[name] for task in self.tasks))
+            )
+        return self._bases[name, "each"]
+
     def _shrink(self, name: str, delta: Tensor, step: float | Tensor) -> Tensor:
         U, V, curvatures = (part.to(delta) for part in self._basis(name))
-        return _shrunk(delta, U, V, step * self.strength * curvatures)
+        strength = min(self.strength, 1e32)  # beyond, float32 may know ∞ only, and ∞ times a curvature of 0 is NaN
+        return _shrunk(delta, U, V, step * strength * curvatures)
 
     def _conjugate_gradients(self, name: str, start: Tensor, step: Tensor) -> Tensor:
-        """Δ = Δ₀ - √s u with (1 + √s λK √s) u = √s λK Δ₀, symmetric; K is Δ -> Σ GΔA."""
-        root, mean = step.sqrt(), step.mean()
-        residual = root * self.strength * self._curved(name, start)
-        u, goal = (
-            torch.zeros_like(start),
-            1e-6 * start.norm() / root.max(),
-        )  # the matrix is at least the identity
-        direction, old = torch.zeros_like(start), residual.new_ones(())
+        """Δ = Δ₀ - √s u with (1 + √s λK √s) u = √s λK Δ₀, symmetric; K is Δ -> Σ GΔA.
+
+        In float64: in float32 the rounding of λK would exceed the identity that is added to it.
+        """
+        kind, start, (A, G) = start.dtype, start.double(), self._stacks(name)
+        U, V, curvatures = (part.double() for part in self._basis(name))
+        root, stiffness = step.sqrt(), self.strength * curvatures * step.mean()
+
+        def product(delta: Tensor) -> Tensor:
+            return root * self.strength * (G @ delta @ A).sum(0)
+
+        residual = product(start)
+        # The matrix is at least the identity: the error of u is below the residual. Small beside Δ₀ and the move.
+        goal = 1e-6 * torch.minimum(start.norm() / root.max(), residual.norm())
+        u, direction, old = torch.zeros_like(start), torch.zeros_like(start), residual.new_ones(())
         for _ in range(50):
-            if residual.norm() <= goal:
+            if not residual.norm() > goal:
                 break
-            better = self._shrink(name, residual, mean)
+            better = _shrunk(residual, U, V, stiffness)
             new = (residual * better).sum()
             direction = better + (new / old) * direction
-            image = direction + root * self.strength * self._curved(name, root * direction)
-            length = new / (direction * image).sum()
-            u, residual, old = u + length * direction, residual - length * image, new
-        return start - root * u
+            image = direction + product(root * direction)
+            along = (direction * image).sum()
+            if not along > direction.square().sum() / 2:  # never below the whole, but for rounding
+                break
+            u, residual, old = u + new / along * direction, residual - new / along * image, new
+        return (start - root * u).to(kind)
 
 
 # --- layers -------------------------------------------------------------------------------------------------
@@ -456,6 +513,12 @@ class KFAC:
 def _shrunk(delta: Tensor, U: Tensor, V: Tensor, stiffness: Tensor) -> Tensor:
     """Δ with every entry of UᵀΔV divided by 1 + its stiffness; also for stacks of such matrices."""
     return U @ ((U.mT @ delta @ V) / (1 + stiffness)) @ V.mT
+
+
+def _positive(matrix: Tensor) -> Tensor:
+    """The nearest matrix without negative eigenvalues, in float64."""
+    values, vectors = torch.linalg.eigh(matrix.cpu().double())
+    return ((vectors * values.clamp(min=0)) @ vectors.T).to(matrix.device)
 
 
 def _among(classes: Sequence[int], logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -476,7 +539,7 @@ def _kronecker_layers(model: nn.Module) -> dict[str, nn.Module]:
         if not trainable:
             continue
         what = f"Layer {name!r} ({type(module).__name__})"
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or not set(own) <= {"weight", "bias"}:
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or set(own) not in ({"weight"}, {"weight", "bias"}):
             raise ValueError(
                 f"{what} has no Kronecker form: K-FAC covers Linear and Conv2d. Freeze its parameters "
                 "(requires_grad_(False)) or use EWC."
@@ -496,6 +559,12 @@ def _kronecker_layers(model: nn.Module) -> dict[str, nn.Module]:
     if not layers:
         raise ValueError("The model has no trainable parameter: there is nothing to measure.")
     return layers
+
+
+def _uncompiled(model: nn.Module):
+    """What ``Module.compile`` compiled ignores new hooks: such a model runs as it was written."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager
@@ -579,8 +648,9 @@ def _joined(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _matrix(layer: nn.Module) -> Tensor:
-    """The layer's weight with its bias as last column: (outputs, inputs + 1)."""
-    return _joined(layer.weight, layer.bias)
+    """The layer's weight with its bias as last column: (outputs, inputs + 1), in float32 or better."""
+    matrix = _joined(layer.weight, layer.bias)
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # sums of products overflow in half precision
 
 
 def _parts(layer: nn.Module, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -609,6 +679,11 @@ def _step(layer: nn.Module, name: str, step: float | Tensor | Mapping[str, Tenso
             if p.requires_grad and prefix + key not in step:
                 raise ValueError(
                     f"step has no entry for {prefix + key!r}: give one for each parameter, or one number."
+                )
+            if p.requires_grad and getattr(step[prefix + key], "shape", ()) not in ((), p.shape):
+                raise ValueError(
+                    f"The step of {prefix + key!r} has shape {tuple(step[prefix + key].shape)}, the parameter "
+                    f"{tuple(p.shape)}: give one of this shape, or one number."
                 )
         # The weight's type from the start: a plain number would pass through float32.
         spread = {

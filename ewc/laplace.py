@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
+from ewc.fisher import unwrap
 
 __all__ = ["Laplace", "fit", "network", "predict"]
 
@@ -94,9 +95,16 @@ class Laplace:
         return self.mode + deviation.reshape(count, *self.mode.shape)
 
     def _cholesky(self) -> Tensor:
-        return torch.linalg.cholesky(self.precision.reshape(self.mode.numel(), -1))
+        try:
+            return torch.linalg.cholesky(self.precision.reshape(self.mode.numel(), -1))
+        except torch.linalg.LinAlgError as error:
+            raise RuntimeError(
+                f"The precision, in {self.precision.dtype}, is not positive definite (by rounding?): "
+                "use model.double() or a larger prior precision."
+            ) from error
 
 
+@torch.inference_mode(False)  # autograd records nothing there
 def fit(log_density: Callable[[Tensor], Tensor], start: Tensor | float) -> Laplace:
     r"""Finds the mode of a log density and the curvature there.
 
@@ -116,14 +124,14 @@ def fit(log_density: Callable[[Tensor], Tensor], start: Tensor | float) -> Lapla
         ValueError: the start is not (d,) or lies outside the support, or the function does not return a
             scalar.
         RuntimeError: no mode was reached, or the precision there is not positive definite (names the
-            eigenvalue).
+            eigenvalue), or still falls or rises with the last step: a flat peak, such as that of -θ⁴.
 
     References:
         Laplace (1774); MacKay, *A practical Bayesian framework for backpropagation networks* (1992).
 
     Implements: eq-laplace
     """
-    theta = torch.as_tensor(start).detach().to(torch.float64)
+    theta = torch.as_tensor(start).detach().to(torch.float64, copy=True)
     if theta.ndim > 1 or theta.numel() == 0:
         raise ValueError(f"The start has shape {tuple(theta.shape)}: give a number or a vector.")
     value = log_density(theta)
@@ -138,9 +146,9 @@ def fit(log_density: Callable[[Tensor], Tensor], start: Tensor | float) -> Lapla
         direction, gain = _newton(slope, precision)
         small = direction.norm() <= 1e-6 * (1 + theta.norm())
         if gain <= 1e-16 and small:
-            theta = theta + direction
+            theta, last = theta + direction, precision
             _, precision = _derivatives(log_density, theta, step)
-            return Laplace(theta, _positive_definite(precision, theta), log_density(theta))
+            return Laplace(theta, _positive_definite(precision, last, theta), log_density(theta))
         # So close to the mode the density is flat to rounding: there, Newton's own step is the best judge.
         theta = (
             theta + direction if gain <= 1e-8 and small else _climb(log_density, theta, direction, gain, step)
@@ -177,12 +185,20 @@ def _climb(log_density, theta: Tensor, direction: Tensor, gain: Tensor, step: in
     )
 
 
-def _positive_definite(precision: Tensor, theta: Tensor) -> Tensor:
-    smallest = torch.linalg.eigvalsh(precision.reshape(theta.numel(), -1))
-    if smallest[0] <= 1e-12 * smallest.abs().max():
+def _positive_definite(precision: Tensor, last: Tensor, theta: Tensor) -> Tensor:
+    """The precision, if it is one, and was the same before the last small step."""
+    now, before = (torch.linalg.eigvalsh(matrix.reshape(theta.numel(), -1)) for matrix in (precision, last))
+    if now[0] <= 1e-12 * now.abs().max():
         raise RuntimeError(
             f"The precision at {theta.tolist()} is not positive definite: its smallest eigenvalue is "
-            f"{smallest[0]:.3g}, so this is no peak. Start elsewhere, or add a prior to a flat direction."
+            f"{now[0]:.3g}, so this is no peak. Start elsewhere, or add a prior to a flat direction."
+        )
+    moved = (now - before).abs() > 0.01 * now
+    if moved.any():
+        raise RuntimeError(
+            f"The peak at {theta.tolist()} is no parabola (flat, like that of -θ⁴?): with the last small step an "
+            f"eigenvalue of the precision went from {before[moved][0]:.3g} to {now[moved][0]:.3g}, so there is no "
+            "Gaussian. Add a prior to a flat direction."
         )
     return precision
 
@@ -204,7 +220,8 @@ def network(
         prior_precision: τ, one over the prior variance of each weight.
 
     Raises:
-        ValueError: τ is not positive and finite, or what :func:`ewc.curvature.gauss_newton` raises.
+        ValueError: τ is not positive and finite, weights of half precision, or what
+            :func:`ewc.curvature.gauss_newton` raises.
 
     References:
         Daxberger et al., *Laplace Redux* (NeurIPS 2021).
@@ -213,7 +230,10 @@ def network(
     """
     if not 0 < prior_precision < math.inf:
         raise ValueError(f"The prior precision is {prior_precision}: it must be a positive number.")
+    model = unwrap(model)
     ggn = curvature.gauss_newton(model, data)
+    if torch.finfo(ggn.dtype).bits < 32:
+        raise ValueError(f"The weights are {ggn.dtype}: a Gaussian needs more digits; use model.float().")
     x, y = curvature.collect(data, ggn)
     mode = curvature.vector(model, dict(model.named_parameters())).detach()
     with curvature.evaluating(model), torch.no_grad():
@@ -264,6 +284,7 @@ def predict(
 
     Implements: eq-logistic-predictive, eq-logistic-predictive-probit
     """
+    model = unwrap(model)
     weights = curvature.vector(model, dict(model.named_parameters())).detach()
     if not torch.equal(weights, posterior.mode):
         raise ValueError(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -130,6 +131,22 @@ def test_columns_keep_their_digits_near_interpolation():
     torch.testing.assert_close(
         columns[0, 0, 0].item(), 1.0 - logits.double().softmax(-1)[0, 0].item(), rtol=1e-5, atol=0
     )
+
+
+def test_softmax_fisher_keeps_its_digits_near_interpolation():
+    logits = torch.tensor([[20.0, 0.0, 0.0], [0.0, 3.0, 40.0], [60.0, 0.0, -5.0]])
+    for found, p in zip(curvature.softmax_fisher(logits), logits.double().softmax(-1)):
+        expected = sum(  # p_i p_j (e_i - e_j)(e_i - e_j)ᵀ over the pairs
+            p[i] * p[j] * torch.outer(e := torch.eye(3, dtype=p.dtype)[i] - torch.eye(3, dtype=p.dtype)[j], e)
+            for i, j in ((0, 1), (0, 2), (1, 2))
+        )
+        close(found.double(), expected, rtol=1e-6)
+        assert torch.linalg.eigvalsh(found.double())[0] >= -1e-7 * expected.max()
+    torch.manual_seed(0)
+    model, y = nn.Linear(2, 3), torch.zeros(5, dtype=torch.long)
+    x = 40 * torch.randn(5, 2)
+    single = curvature.gauss_newton(model, (x, y)).double()
+    close(single, curvature.gauss_newton(model.double(), (x.double(), y)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -341,3 +358,56 @@ def test_a_parameter_with_two_names_counts_at_both():
     slopes = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
     rows = [torch.cat([g.flatten() for g in torch.autograd.grad(s, parameters, retain_graph=True)]) for s in slopes]
     torch.testing.assert_close(curvature.hessian(model, (x, y)), torch.stack(rows), rtol=1e-8, atol=1e-12)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_attention_has_second_derivatives():
+    torch.manual_seed(0)
+    model, x, y = Attention().double(), torch.randn(3, 5, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = brute_hessian(cross_entropy(model(x), y), list(model.parameters()))
+    H, data = curvature.hessian(model, (x, y)), (x, y)
+    close(H, expected, rtol=1e-10)
+    close(curvature.residual(model, data), H - curvature.gauss_newton(model, data), rtol=1e-10)
+
+
+class Mixing(nn.Sequential):
+    def forward(self, x):
+        z = super().forward(x)
+        return z - z.mean(0)
+
+
+class Random(nn.Sequential):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, training=True))
+
+
+def normalised(layer):
+    return nn.Sequential(layer, nn.BatchNorm1d(3, track_running_stats=False))
+
+
+@pytest.mark.parametrize("make", [Mixing, Random, normalised])
+def test_models_without_curvature_per_example_are_refused(make, data):
+    torch.manual_seed(0)
+    model = make(nn.Linear(3, 3)).double()
+    functions = curvature.hessian, curvature.gauss_newton, curvature.residual, curvature.full_fisher
+    for function in (*functions, lambda model, data: curvature.jacobian(model, data[0])):
+        with pytest.raises(ValueError, match="one example alone|when it is run alone"):
+            function(model, data)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_wrapped_models_have_plain_names(wrap, data):
+    model = network()
+    wrapped, F = wrap(model), curvature.full_fisher(model, data)
+    assert curvature.blocks(wrapped) == curvature.blocks(model)
+    assert torch.equal(curvature.vector(wrapped, dict(model.named_parameters())), curvature._flat(model)[0])
+    assert torch.equal(curvature.full_fisher(wrapped, data), F)

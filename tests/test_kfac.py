@@ -958,3 +958,196 @@ def test_convolutions_are_measured_in_full_precision():
     model[0].register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.conv.fp32_precision))
     kfac.factors(model, data)
     assert seen == {"ieee"} and torch.backends.cudnn.conv.fp32_precision == before
+
+
+def stiff(strength, rank=2, seed=0):
+    """Two tasks in float32, factors of low rank with rounded eigenvalues, some below 0; and a layer elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    memory, layer = KFAC(strength), nn.Linear(5, 3, bias=False)
+    roots = [[torch.randn(n, r, generator=generator) for n, r in ((5, 5), (3, rank))] for _ in range(2)]
+    memory.tasks, memory.count = [{"": kfac.Factors(a @ a.T, g @ g.T)} for a, g in roots], 2
+    memory.theta_star = {"weight": torch.zeros(3, 5)}
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(3, 5, generator=generator))
+    return memory, layer
+
+
+def proximal(memory, layer, step):
+    """The linear system of the step, in float64, with the factors' eigenvalues at least 0."""
+
+    def sound(matrix):
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return (vectors * values.clamp(min=0)) @ vectors.T
+
+    K = sum(torch.kron(sound(task[""].G), sound(task[""].A)) for task in memory.tasks)
+    system = torch.eye(15, dtype=F64) + memory.strength * torch.as_tensor(step, dtype=F64).reshape(-1, 1) * K
+    start = layer.weight.detach().double().flatten()
+    return torch.linalg.solve(system, start).view(3, 5), K
+
+
+@pytest.mark.parametrize("strength", [1e4, 1e8, 1e10])
+def test_several_tasks_never_throw_the_weights_away(strength):
+    for seed in range(10):
+        memory, layer = stiff(strength, rank=1, seed=seed)
+        expected, K = proximal(memory, layer, 0.1)
+        start = layer.weight.detach().double().flatten()
+        memory.pull(layer, 0.1)
+        after = layer.weight.detach().double().flatten()
+        assert after.norm() < start.norm() and after @ K @ after < start @ K @ start
+        if strength == 1e4:
+            torch.testing.assert_close(after, expected.flatten(), rtol=0, atol=1e-5 * float(start.norm()))
+
+
+@pytest.mark.parametrize("strength", [1e-12, 1e-8, 1e-4])
+@pytest.mark.parametrize("each", [False, True])
+def test_small_moves_are_made(strength, each):
+    """However little a step moves the weights, its error is small beside it."""
+    memory, layer = stiff(strength)
+    memory.to(F64), layer.double()
+    start, step = layer.weight.detach().clone(), torch.full((3, 5), 0.1, dtype=F64)
+    expected = proximal(memory, layer, step)[0] - start
+    memory.pull(layer, {"weight": step} if each else 0.1)
+    moved = layer.weight.detach() - start
+    assert (moved - expected).norm() < max(1e-5 * expected.norm(), 1e-15 * start.norm())
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("step", [1.0, 10.0, {"weight": 1.0}])
+def test_no_finite_strength_makes_nan(tasks, step):
+    memory, layer = KFAC(1e39), nn.Linear(3, 3, bias=False)
+    corner = torch.zeros(3, 3)
+    corner[0, 0] = 1
+    memory.tasks, memory.count = [{"": kfac.Factors(corner, corner)}] * tasks, tasks
+    memory.theta_star = {"weight": torch.zeros(3, 3)}
+    nn.init.ones_(layer.weight)
+    memory.pull(layer, step)
+    torch.testing.assert_close(layer.weight.detach(), 1 - corner)
+
+
+def test_a_strength_of_zero_changes_nothing():
+    memory, model = consolidated(strength=0.0, tasks=2)
+    before = copy.deepcopy(model.state_dict())
+    memory.pull(model, 0.1)
+    memory.add_gradient(model)
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, "autocast"])
+def test_penalty_and_gradient_are_computed_in_single_precision(kind):
+    """Curvatures of 1e-9, which float16 does not know, and a move that the penalty hardly sees."""
+    torch.manual_seed(0)
+    layer, memory = nn.Linear(64, 10), KFAC(1e3)
+    if kind != "autocast":
+        layer.to(kind)
+    memory.consolidate(layer, (1 + 0.05 * torch.randn(50, 64), torch.zeros(50, dtype=torch.long)))
+    memory.tasks = [{n: kfac.Factors(A, 1e-7 * G) for n, (A, G) in memory.tasks[0].items()}]
+    with torch.no_grad():
+        layer.weight.add_(0.02 * torch.randn(64) + 1e-3 * torch.randn(10, 64))
+    exact, double = KFAC(0.0), copy.deepcopy(layer).double()
+    exact.load_state_dict(memory.state_dict())
+    exact.to(F64).add_gradient(double)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        penalty = memory.penalty(layer)
+        memory.add_gradient(layer)
+    torch.testing.assert_close(penalty.double(), exact.penalty(double), rtol=1e-4, atol=0)
+    rounding = 1e-5 if kind == "autocast" else torch.finfo(kind).eps
+    found, expected = layer.weight.grad.double(), double.weight.grad
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=6e-8 if kind == torch.float16 else 1e-9)
+
+
+def test_a_memory_of_what_is_not_finite_is_refused():
+    x, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    for weight, data, message in (
+        (1.0, (x, y), "Parameter '0.bias' is not finite"),
+        (1e-30, (1e25 * x, y), "factors of layer '0' are not finite"),
+    ):
+        model, memory = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, CLASSES)), KFAC(1.0)
+        with torch.no_grad():
+            model[0].weight.mul_(weight)
+            if weight == 1.0:
+                model[0].bias[0] = -float("inf")  # a unit that never fires
+        with pytest.raises(ValueError, match=message):
+            memory.consolidate(model, data)
+        assert memory.tasks == [] and memory.theta_star == {} and memory.count == 0
+
+
+def without(mapping, key):
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s | {"strength": "x"},
+        lambda s: s | {"strength": None},
+        lambda s: s | {"keep": "pooled"},
+        lambda s: s | {"count": "a"},
+        lambda s: s | {"count": 7},
+        lambda s: s | {"tasks": None},
+        lambda s: s | {"tasks": []},
+        lambda s: s | {"tasks": [s["tasks"][0], without(s["tasks"][1], "2")]},
+        lambda s: s | {"tasks": [{n: without(pair, "A") for n, pair in task.items()} for task in s["tasks"]]},
+        lambda s: s | {"tasks": [{n: f | {"A": f["A"][:2, :2]} for n, f in task.items()} for task in s["tasks"]]},
+        lambda s: s | {"theta_star": None},
+        lambda s: s | {"theta_star": {}},
+        lambda s: s | {"theta_star": without(s["theta_star"], "0.bias")},
+        lambda s: s | {"theta_star": without(s["theta_star"], "2.weight")},
+        lambda s: s | {"theta_star": s["theta_star"] | {"4.weight": torch.zeros(2, 2)}},
+    ],
+)
+def test_a_damaged_state_is_refused(damage):
+    memory, model = consolidated(tasks=2)
+    before = memory.penalty(model)
+    with pytest.raises(ValueError, match="damaged"):
+        memory.load_state_dict(damage(memory.state_dict()))
+    assert memory.strength == 2.5 and memory.keep == "each" and torch.equal(memory.penalty(model), before)
+
+
+class Mixing(nn.Sequential):
+    def forward(self, x):
+        z = self[0](x)
+        return self[1](torch.tanh(z - z.mean(0)))
+
+
+class Random(nn.Sequential):
+    def forward(self, x):
+        return self[1](nn.functional.dropout(torch.tanh(self[0](x)), 0.5, training=True))
+
+
+@pytest.mark.parametrize("make", [Mixing, Random])
+def test_models_without_factors_per_example_are_refused(make):
+    torch.manual_seed(0)
+    model, data = make(nn.Linear(3, 4), nn.Linear(4, 3)), (torch.randn(6, 3), torch.zeros(6, dtype=torch.long))
+    with pytest.raises(ValueError, match="when it is run alone"):
+        kfac.factors(model, data)
+
+
+def test_a_model_compiled_in_place_is_the_same_model():
+    model, data = build("mlp")
+    expected = kfac.factors(model, data)
+    model.compile(backend="eager")
+    model(data[0])  # what is compiled now knows of no hook
+    for name, (A, G) in kfac.factors(model, data).items():
+        close(A, expected[name].A)
+        close(G, expected[name].G)
+
+
+def test_a_layer_with_a_parametrised_weight_is_refused():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, CLASSES))
+    layer.parametrizations.requires_grad_(False)
+    with pytest.raises(ValueError, match="Layer '0' .* has no Kronecker form"):
+        kfac.factors(nn.Sequential(layer), (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))
+
+
+def test_data_made_in_inference_mode_serve():
+    model, (x, y) = build("mlp")
+    with torch.inference_mode():
+        data = x.clone(), y.clone()
+    close(kfac.factors(model, data)["0"].G, kfac.factors(model, (x, y))["0"].G)
+
+
+def test_a_step_of_another_shape_is_refused():
+    memory, model = consolidated()
+    step = {n: torch.full(p.shape[-1:], 0.1) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"step of '0.weight' has shape \(3,\), the parameter \(4, 3\)"):
+        memory.pull(model, step)

@@ -159,6 +159,35 @@ def test_failures_say_what_happened():
             laplace.fit(lambda t: -t.square().sum(), start)
 
 
+@pytest.mark.parametrize(
+    "log_density, start",
+    [
+        (lambda t: -(t**4), 1.0),
+        (lambda t: -1e6 * (t - 2) ** 6, 0.0),
+        (lambda t: -(t.abs() ** 2.5), 1.0),
+        (lambda t: -(t[0] ** 4) - (t[1] - t[0]) ** 2, torch.tensor([1.0, 2.0])),
+    ],
+)
+def test_a_flat_peak_is_no_gaussian(log_density, start):
+    with pytest.raises(RuntimeError, match="is no parabola .flat"):
+        laplace.fit(log_density, start)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e3, 1e8])
+@pytest.mark.parametrize("quartic", [0.25, 1e4])
+def test_a_peak_with_a_little_curvature_is_one(scale, quartic):
+    q = laplace.fit(lambda t: -0.5 * (t / scale - 3) ** 2 - quartic * (t / scale - 3) ** 4, 0.0)
+    close(q.mode / scale, 3.0)
+    close(q.precision * scale**2, 1.0)
+
+
+def test_fit_works_in_inference_mode():
+    with torch.inference_mode():
+        q = laplace.fit(lambda t: -((t - 1.0) ** 2).sum(), torch.zeros(2, dtype=F64))
+    close(q.mode, torch.ones(2))
+    close(q.precision, 2 * torch.eye(2))
+
+
 @pytest.fixture
 def trained():
     """Three clusters and a softmax regression trained to its penalised optimum."""
@@ -280,3 +309,29 @@ def test_points_of_another_dimension_and_no_samples_are_refused(gaussian, traine
     model, x, _, posterior = trained
     with pytest.raises(ValueError, match="at least one sample"):
         laplace.predict(model, posterior, x, "sampled", samples=0)
+
+
+def test_the_evidence_of_a_network_that_is_nearly_certain():
+    """In float32 as in float64."""
+    model, x = nn.Linear(2, 2), torch.tensor([[1.0, 0.3], [1.0, -0.2], [1.1, 0.5]]).repeat(300, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.02, 0.0], [0.0, 0.0]])), model.bias.zero_()
+    data = 1e3 * x, torch.zeros(900, dtype=torch.long)
+    single, coarse = laplace.network(model, data, 1e-3), laplace.network(model, (1e4 * x / 30, data[1]), 1e-9)
+    double = laplace.network(model.double(), data, 1e-3)
+    assert abs(single.log_evidence - double.log_evidence) < 1e-3
+    with pytest.raises(RuntimeError, match="in torch.float32, is not positive definite"):
+        coarse.log_evidence  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_refused(kind):
+    with pytest.raises(ValueError, match=r"use model.float\(\)"):
+        laplace.network(nn.Linear(3, 2).to(kind), (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))
+
+
+def test_a_wrapped_network_is_the_same_network(trained):
+    model, x, y, _ = trained
+    q = laplace.network(nn.DataParallel(model), (x, y))
+    assert torch.equal(q.precision, laplace.network(model, (x, y)).precision)
+    assert torch.equal(laplace.predict(nn.DataParallel(model), q, x), laplace.predict(model, q, x))
