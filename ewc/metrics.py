@@ -6,13 +6,14 @@ learning task i; `ewc.training.run` returns it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ewc.fisher import class_index
+from ewc.fisher import IGNORED, class_index
 from ewc.tasks import Task
 
 
@@ -23,46 +24,63 @@ def accuracy(
     classes: Sequence[int] | None = None,
     batch_size: int = 1000,
 ) -> float:
-    """Share of images whose largest logit is the right one, between 0 and 1.
+    """Share of labels whose class has the largest logit, between 0 and 1; labels of -100 do not count.
 
-    For a task with heads the choice is made within the image's head. The model is evaluated in eval mode and
-    handed back in the mode it was in.
+    For a task with heads the choice is made within the image's head. Where the largest logit is NaN or infinite, as
+    after a run that diverged, the answer counts as wrong. The model is evaluated in eval mode and handed back in the
+    mode it was in.
 
     Args:
-        model: a network with logits of shape ``(n, classes)``.
-        data: a task, of which the test set is used, or a set of images and labels.
+        model: a network with logits of shape ``(n, classes)``, or ``(n, classes, *positions)``.
+        data: a task, of which the test set is used, or a set of images and labels: whole numbers of shape ``(n,)`` or
+            ``(n, *positions)``.
         classes: the classes among which the network may choose, whatever the task's heads; default all of
             them, or those of the image's head.
         batch_size: images in one pass; the result does not depend on it.
 
     Raises:
-        ValueError: there are no images, no classes to choose from, or some that the network does not have.
+        ValueError: there are no images, no classes to choose from, or some that the network does not have; labels of
+            another shape than the logits', or in floating point; a batch_size below 1.
         TypeError: the data is neither a task nor a `TensorDataset`.
     """
     if not isinstance(data, (Task, TensorDataset)):
         raise TypeError(f"accuracy() needs a Task or a TensorDataset of images and labels; got {type(data).__name__}.")
     x, y = (data.test if isinstance(data, Task) else data).tensors
-    if len(x) == 0:
-        raise ValueError("The accuracy on no images is undefined; give at least one image.")
+    if y.is_floating_point():
+        raise ValueError(f"The labels are {y.dtype}; labels must be whole numbers: use y.long().")
+    y = y.long()
+    counted = int((y != IGNORED).sum())
+    if not counted:
+        raise ValueError(f"The accuracy on no images is undefined; give at least one with a label (not {IGNORED}).")
     if classes is not None and len(classes) == 0:
         raise ValueError("accuracy() needs at least one class to choose from; classes=None allows all.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     hits, allowed = 0, None
     try:
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(images)
-            if classes is not None:
-                if allowed is None:  # the network's first answer says how many classes there are
-                    allowed = class_index(classes, logits, least=1)
-                choice = allowed[logits[:, allowed].argmax(-1)]
-            else:
-                choice = (data.masked(logits, labels) if isinstance(data, Task) else logits).argmax(-1)
-            hits += (choice == labels).sum()
+            if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != labels.shape:
+                raise ValueError(
+                    f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: axis 1 of "
+                    "the logits runs over the classes and the other axes are those of the labels."
+                )
+            if classes is not None and allowed is None:  # the network's first answer says how many classes there are
+                allowed = class_index(classes, logits, least=1)
+            logits = logits.movedim(1, -1)
+            if allowed is not None:
+                logits = logits[..., allowed]
+            elif isinstance(data, Task):
+                logits = data.masked(logits, labels)
+            largest, choice = logits.max(-1)
+            choice = choice if allowed is None else allowed[choice]
+            hits += ((choice == labels) & (largest < math.inf)).sum()  # max and argmax would choose a NaN
     finally:
         for module, mode in modes:
             module.training = mode
-    return int(hits) / len(x)
+    return int(hits) / counted
 
 
 def average_accuracy(matrix: Tensor) -> float:

@@ -60,13 +60,15 @@ class L2(_Relative):
     """
 
     def consolidate(self, model: nn.Module, data=None, *, classes=None) -> None:
-        """Moves the anchor to the model's present trainable weights; data and classes are not looked at.
+        """Moves the anchor to the model's present weights: the trainable ones and those that have a spring already.
+
+        Data and classes are not looked at.
 
         Raises:
             ValueError: weights that are not finite, nothing to train, or a model that is not the stored one.
         """
-        trainable = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
-        ones = {name: torch.ones_like(p) for name, p in trainable.items()}
+        parameters = unwrap(model).named_parameters()
+        ones = {name: torch.ones_like(p) for name, p in parameters if p.requires_grad or name in self.fisher}
         self.decay = 0.0  # one spring for each weight, at the newest place
         super().consolidate(model, fisher=ones)
 
@@ -132,18 +134,18 @@ class SynapticIntelligence(_Relative):
                 self._path["gradient"][name] = torch.zeros_like(p)
                 # A sum of thousands of small terms, which half precision would leave where it is.
                 self._path["work"][name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            self._close(name, p)
-            gradient = self._path["gradient"][name]  # written in place, so that a CUDA graph can do it again
+            self._close(name, p, self._path["work"][name])
+            self._path["last"][name].copy_(p)  # all is written in place, so that a CUDA graph can do it again
+            gradient = self._path["gradient"][name]
             if p.grad is None:
                 gradient.zero_()
             else:
                 gradient.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
 
-    def _close(self, name: str, p: Tensor) -> None:
+    def _close(self, name: str, p: Tensor, work: Tensor) -> None:
         """Credits the move since the last record with the fall promised there."""
         last, gradient = self._path["last"][name], self._path["gradient"][name]
-        self._path["work"][name] -= gradient * (p - last)
-        last.copy_(p)
+        work.addcmul_(gradient, p - last, value=-1)  # work -= gradient * (p - last), with the product as fine as work
 
     @torch.no_grad()
     def consolidate(self, model: nn.Module, data=None, *, classes=None) -> None:
@@ -152,8 +154,8 @@ class SynapticIntelligence(_Relative):
         Data and classes are not looked at: the recorded gradients have seen them.
 
         Raises:
-            ValueError: no step was recorded since the last consolidation, or a model that is not the recorded
-                one.
+            ValueError: no step was recorded since the last consolidation, a model that is not the recorded one, or
+                weights or gradients that are not finite. The memory is then as it was.
         """
         if not self._path["begin"]:
             raise ValueError(
@@ -166,9 +168,15 @@ class SynapticIntelligence(_Relative):
                 raise ValueError(
                     f"The path holds {name!r} of shape {tuple(begin.shape)}, which the model lacks."
                 )
-            self._close(name, parameters[name])
-            moved = parameters[name] - begin
-            gained[name] = (2 * self._path["work"][name] / (moved.square() + self.damping)).clamp(min=0)
+            work = self._path["work"][name].clone()
+            self._close(name, parameters[name], work)
+            moved = parameters[name].to(work.dtype) - begin
+            gained[name] = (2 * work / (moved.square() + self.damping)).clamp(min=0)
+            if not gained[name].isfinite().all():
+                raise ValueError(
+                    f"The importance of {name!r} is not finite, as the weights, or gradients on their path, are not; go "
+                    "back to sound weights, and if that is not enough, to a memory saved before."
+                )
         super().consolidate(model, fisher=gained)
         self._path = {key: {} for key in self._path}
 
@@ -183,11 +191,21 @@ class SynapticIntelligence(_Relative):
         Raises:
             ValueError: the state of another kind of memory, or of none; the memory is then as it was.
         """
-        super().load_state_dict(state)
-        self.damping = float(state["damping"])
-        self._path = {
-            key: {n: t.detach().clone() for n, t in named.items()} for key, named in state["path"].items()
-        }
+        new = type(self)(0.0)
+        super(SynapticIntelligence, new).load_state_dict(state)
+        damping, path = state["damping"], state["path"]
+        if not (isinstance(damping, (int, float)) and 0 < damping < math.inf):
+            raise ValueError(f"The checkpoint's damping must be a positive number, not {damping!r}; it is damaged.")
+        try:
+            path = {key: {n: t.detach().clone() for n, t in named.items()} for key, named in path.items()}
+            shapes = [{n: t.shape for n, t in named.items()} for named in path.values()]
+        except (AttributeError, TypeError):
+            path = {}
+        if path.keys() != self._path.keys() or any(other != shapes[0] for other in shapes):
+            raise ValueError(f"The checkpoint's path must map {', '.join(self._path)} to tensors alike; it is damaged.")
+        new._path = path
+        new.damping = float(damping)
+        self.__dict__.update(new.__dict__)
 
     def to(self, *args, **kwargs) -> SynapticIntelligence:
         """Moves the stored tensors, as ``Tensor.to`` does; returns the memory itself."""
@@ -229,8 +247,8 @@ class MemoryAwareSynapses(_Relative):
             classes: the outputs that count, for a head chosen by task; all of them if not given.
 
         Raises:
-            ValueError: empty data, nothing to train, classes that do not exist, outputs that are not finite, or a
-                model that is not the stored one.
+            ValueError: empty data, nothing to train, classes that do not exist, outputs that are not finite, a model
+                that mixes the examples of a batch, is random in eval mode, or is not the stored one.
             TypeError: data of another kind.
         """
         super().consolidate(model, fisher=_sensitivity(unwrap(model), data, classes))
@@ -247,8 +265,6 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     def size(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         tensors = {place: parameters.get(name, held) for place, (name, held) in places.items()}
         outputs = functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False)
-        if not isinstance(outputs, Tensor):
-            raise ValueError(f"The model returned a {type(outputs).__name__}: it must return one tensor.")
         chosen = class_index(classes, outputs, least=1)
         return (outputs if chosen is None else outputs[:, chosen]).square().sum()
 
@@ -258,9 +274,16 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     count = torch.zeros((), dtype=torch.int64, device=first.device)
     chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once
     batched = recurrent(model)
+    several = None
     with curvature.evaluating(model):
-        for x, _ in curvature.batches(data, chunk):
-            for part in curvature.like(x, first).split(chunk):
+        for x, _ in curvature.batches(data, max(16, chunk)):
+            x = curvature.like(x, first)
+            if several is None:  # once: do the first few examples come out as they do alone?
+                several = model(x[:16])
+                if not isinstance(several, Tensor):
+                    raise ValueError(f"The model returned a {type(several).__name__}: it must return one tensor.")
+                curvature.check_alone(model, x[:16], several)
+            for part in x.split(chunk):
                 weights = {n: p.expand(len(part), *p.shape) for n, p in trainable.items()} if batched else trainable
                 for name, g in vmap(grad(size), in_dims=(0 if batched else None, 0))(weights, part).items():
                     total[name] += g.abs().sum(0)

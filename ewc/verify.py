@@ -32,11 +32,14 @@ def exact(label: str, *lines: Any) -> None:
 
     Args:
         label: the equation's label, ``eq-...``.
-        lines: SymPy expressions or matrices of one shape; an ``Eq`` stands for its two sides. Unevaluated sums,
-            integrals and derivatives are evaluated.
+        lines: SymPy expressions or matrices of one shape; an ``Eq`` stands for its two sides, unless SymPy decides
+            at once that it is true or false. Unevaluated sums, integrals and derivatives are evaluated.
 
     Raises:
         VerificationError: with the first pair of lines that differ and their residual.
+        TypeError: a line that is no expression or matrix, or holds a decimal number.
+        ValueError: a single line, a ``Piecewise`` that is not defined everywhere, matrices of symbolic, different or
+            empty shapes.
     """
     lines = _expand(label, lines)
     for number, (left, right) in enumerate(itertools.pairwise(lines), start=1):
@@ -65,8 +68,9 @@ def close(label: str, actual: Any, expected: Any, *, rtol: float, atol: float = 
 
     Raises:
         VerificationError: with the worst element and its residual.
-        TypeError: for anything in lower precision than float64.
-        ValueError: for different shapes or keys, nothing to compare, or a tolerance that is negative or not finite.
+        TypeError: for anything in another precision than float64, complex numbers included.
+        ValueError: for different shapes or keys, nothing to compare, whole numbers beyond 2⁵³ (which float64 rounds), or
+            a tolerance that is negative or not finite.
     """
     _limited(label, rtol=rtol, atol=atol)
     actual, expected = _float64(label, actual, "actual"), _float64(label, expected, "expected")
@@ -109,8 +113,9 @@ def sampled(label: str, estimate: Any, expected: Any, *, standard_error: Any, si
 
     Raises:
         VerificationError: with the worst element, in standard errors.
-        ValueError: for different shapes or keys, nothing to compare, a standard error that is negative or 0
-            everywhere, or a number of sigmas that is negative or not finite.
+        TypeError: for complex numbers.
+        ValueError: for different shapes or keys, nothing to compare, whole numbers beyond 2⁵³, a standard error that is
+            negative or 0 everywhere, or a number of sigmas that is negative or not finite.
     """
     _limited(label, sigmas=sigmas)
     estimate = _float64(label, estimate, "estimate", any_precision=True)
@@ -179,19 +184,24 @@ def _expand(label: str, lines: tuple[Any, ...]) -> list[Any]:
     _check_label(label)
     out: list[Any] = []
     for line in lines:
-        if isinstance(line, (bool, np.bool_)):
-            raise TypeError(
-                f"{label}: got {line!r}; pass both sides, not the result of comparing them with ==."
-            )
         line = sp.sympify(line)
-        if line.has(sp.Float):
-            raise TypeError(f"{label}: {line} holds a decimal number, which SymPy rounds; write sp.Rational, or use close.")
-        if isinstance(line, sp.Eq):
-            out += [line.lhs, line.rhs]
-        elif line in (sp.true, sp.false):  # what Eq(...) became when SymPy decided it at once
-            out += [sp.Integer(0), sp.Integer(0 if line == sp.true else 1)]
-        else:
-            out.append(line)
+        for side in [line.lhs, line.rhs] if isinstance(line, sp.Eq) else [line]:
+            if not isinstance(side, (sp.Expr, sp.MatrixBase)):  # True could be an Eq, Ne or Gt that SymPy has decided
+                raise TypeError(
+                    f"{label}: got {side!r}, which is no expression or matrix; pass both sides, not the result of "
+                    "comparing them with == or an Eq that SymPy decides at once."
+                )
+            if side.has(sp.Float):
+                raise TypeError(
+                    f"{label}: {side} holds a decimal number, which SymPy rounds; write sp.Rational, or use close."
+                )
+            if any(piece.args[-1].cond != sp.true for piece in side.atoms(sp.Piecewise)):
+                raise ValueError(
+                    f"{label}: {side} is undefined where no condition holds; end the Piecewise with (..., True)."
+                )
+            if not all(sp.sympify(n).is_Integer for n in getattr(side, "shape", ())):
+                raise ValueError(f"{label}: {side} has the symbolic shape {side.shape}; give it numbers of rows and columns.")
+            out.append(side)
     if len(out) < 2:
         raise ValueError(f"{label}: one line is nothing to compare; pass at least two, or an Eq.")
     return out
@@ -265,18 +275,22 @@ def _float64(label: str, value: Any, what: str, any_precision: bool = False) -> 
     _check_label(label)
     items = dict(value) if isinstance(value, Mapping) else {"": value}
     for key, item in items.items():
+        name = f"{what}{f'[{key!r}]' if key else ''}"
+        dtype = str(getattr(item, "dtype", "")).removeprefix("torch.")
         if hasattr(item, "detach"):  # a torch tensor, without importing torch
-            item = item.detach().cpu().resolve_conj().resolve_neg()
-            item = item.double().numpy() if any_precision else item.numpy()
+            item = item.detach().cpu().to_dense().resolve_conj().resolve_neg()
+            item = (item.double() if item.is_floating_point() else item).numpy()  # NumPy has no bfloat16
         array = np.asarray(item)
-        if array.dtype.kind in "iu" or (any_precision and array.dtype.kind == "f"):
-            array = array.astype(np.float64)
-        if array.dtype != np.float64:
+        dtype = dtype or str(array.dtype)
+        if array.dtype.kind in "iu":
+            if array.max(initial=0) > 2**53 or array.min(initial=0) < -(2**53):
+                raise ValueError(f"{label}: {name} holds a whole number beyond 2⁵³, which float64 rounds; use exact.")
+        elif array.dtype.kind != "f" or not (any_precision or dtype == "float64"):
             raise TypeError(
-                f"{label}: {what}{f'[{key!r}]' if key else ''} is {array.dtype}; compare in float64 "
-                f"(compute the whole check in double precision, not only its result)."
+                f"{label}: {name} is {dtype}; compare in float64 "
+                "(compute the whole check in double precision, not only its result; complex numbers part by part)."
             )
-        items[key] = array
+        items[key] = array.astype(np.float64, copy=False)
     if not any(array.size for array in items.values()):
         raise ValueError(f"{label}: {what} holds no number, so there is nothing to compare.")
     return items

@@ -1,5 +1,7 @@
 """Metrics against sums written out by hand and loops over single images."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,60 @@ def test_accuracy_restores_the_mode_after_an_error(task):
 def test_accuracy_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no images"):
         metrics.accuracy(nn.Identity(), TensorDataset(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("classes", [None, [0, 2]])
+@pytest.mark.parametrize("positions", [(3,), (4,), (2, 3), (1,)])
+def test_accuracy_at_several_positions_counts_the_labels(task, positions, classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 4, *positions, generator=generator)
+    labels = torch.randint(0, 4, (7, *positions), generator=generator)
+    labels.view(-1)[:2] = -100  # padding
+    hits = count = 0
+    for z, y in zip(logits.movedim(1, -1).reshape(-1, 4).tolist(), labels.view(-1).tolist()):
+        count += y != -100
+        hits += max(classes or range(4), key=z.__getitem__) == y
+    for batch_size in (1, 3, 1000):
+        data = TensorDataset(logits, labels)
+        assert metrics.accuracy(nn.Identity(), data, classes=classes, batch_size=batch_size) == hits / count
+    labels.clamp_(min=0)
+    heads = dataclasses.replace(task, test=data, classes=4, heads=((0, 2), (1, 3)))
+    within = sum(z[y] >= z[(y + 2) % 4] for z, y in zip(logits.movedim(1, -1).reshape(-1, 4), labels.view(-1)))
+    assert metrics.accuracy(nn.Identity(), heads) == int(within) / labels.numel()
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.int64])
+def test_labels_are_whole_numbers_of_any_type(kind):
+    labels = torch.tensor([1, 0, 0], dtype=kind)
+    assert metrics.accuracy(nn.Identity(), TensorDataset(torch.eye(3, 2), labels)) == 1 / 3
+    if kind == torch.uint8:  # where -100 is 156
+        assert metrics.accuracy(nn.Identity(), TensorDataset(torch.eye(157)[156:], 155 + labels[:1])) == 1
+    with pytest.raises(ValueError, match="must be whole numbers"):
+        metrics.accuracy(nn.Identity(), TensorDataset(torch.eye(3, 2), labels.float()))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"), [((6, 3), (6, 1)), ((6, 3), (6, 3)), ((6, 3, 2), (6,)), ((6, 3, 2), (6, 3)), ((6,), (6,))]
+)
+def test_labels_of_another_shape_than_the_logits_are_refused(logits, labels):
+    data = TensorDataset(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
+    for classes in (None, [0, 1]):
+        with pytest.raises(ValueError, match="do not fit logits"):
+            metrics.accuracy(nn.Identity(), data, classes=classes)
+
+
+def test_a_network_that_diverged_is_right_nowhere():
+    logits = torch.eye(4)
+    data = TensorDataset(logits, torch.tensor([0, 1, 0, 0]))
+    assert metrics.accuracy(nn.Identity(), data) == 0.5
+    logits[0, 3], logits[1, 1] = torch.nan, torch.inf
+    assert metrics.accuracy(nn.Identity(), data) == metrics.accuracy(nn.Identity(), data, classes=[3, 2, 1, 0]) == 0
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_holds_at_least_one_image(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        metrics.accuracy(nn.Identity(), TensorDataset(torch.eye(3), torch.arange(3)), batch_size=batch_size)
 
 
 MATRIX = torch.tensor([[0.9, 0.2, 0.1], [0.6, 0.8, 0.3], [0.7, 0.5, 0.95]], dtype=torch.float64)

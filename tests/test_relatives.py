@@ -53,7 +53,8 @@ def learnt(memory, model, data):
         memory.record(model)
         with torch.no_grad():
             for p in model.parameters():
-                p -= 0.5 * p.grad
+                if p.requires_grad:
+                    p -= 0.5 * p.grad
         model.zero_grad()
     memory.consolidate(model, data)
     return memory
@@ -453,3 +454,108 @@ def test_synaptic_intelligence_with_sparse_gradients():
 
     dense = importances(False)
     assert all(torch.allclose(value, dense[name], atol=1e-6) for name, value in importances(True).items())
+
+
+def same(state, other):
+    """Are these two state dictionaries equal to the last bit?"""
+    if isinstance(state, torch.Tensor):
+        return state.dtype == other.dtype and torch.equal(state, other)
+    if isinstance(state, dict):
+        return state.keys() == other.keys() and all(same(value, other[key]) for key, value in state.items())
+    return state == other
+
+
+def test_a_refused_consolidation_leaves_the_path_as_it_was():
+    def walked():
+        model, memory = Weights([3.0, 0.0]), SynapticIntelligence(1.0, damping=0.2)
+        for _ in range(2):
+            descend(model, lambda theta: (theta - 1).square().sum(), memory, 0.05, 3)
+            if not memory.tasks:
+                memory.consolidate(model)
+        return model, memory
+
+    model, memory = walked()
+    before, sound = copy.deepcopy(memory.state_dict()), copy.deepcopy(model.state_dict())
+    for value in (torch.nan, torch.inf):
+        model.theta.data[1] = value
+        with pytest.raises(ValueError, match="importance of 'theta' is not finite.*go back to sound weights"):
+            memory.consolidate(model)
+        assert same(memory.state_dict(), before)
+    other = nn.ParameterDict({"theta": nn.Parameter(torch.ones(2, dtype=F64)), "more": nn.Parameter(torch.ones(1))})
+    memory.fisher["more"], memory.theta_star["more"] = torch.ones(2), torch.ones(2)  # another network's
+    with pytest.raises(ValueError, match="'more' has shape"):
+        memory.consolidate(other)
+    del memory.fisher["more"], memory.theta_star["more"]
+    assert same(memory.state_dict(), before)
+    model.load_state_dict(sound)
+    memory.consolidate(model)
+    untouched = walked()[1]
+    untouched.consolidate(model)
+    assert same(memory.state_dict(), untouched.state_dict()) and memory.fisher["theta"].min() > 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"damping": "x"},
+        {"damping": float("nan")},
+        {"damping": -1.0},
+        {"path": None},
+        {"path": {}},
+        {"path": {"begin": {}, "last": {}, "gradient": {}, "work": {"theta": torch.zeros(2)}}},
+        {"path": {"begin": {}, "last": {}, "gradient": {}, "work": None}},
+        {"path": dict.fromkeys(("begin", "last", "gradient", "work"), {"theta": 1.0})},
+        {"fisher": {}},
+    ],
+)
+def test_a_damaged_state_of_si_is_refused_as_a_whole(damage):
+    model, memory = Weights([3.0, 0.0]), SynapticIntelligence(1.0)
+    descend(model, lambda theta: theta.square().sum(), memory, 0.05, 3)
+    other = SynapticIntelligence(2.0, damping=0.7)
+    descend(model, lambda theta: theta.square().sum(), other, 0.05, 3)
+    other.consolidate(model)
+    before = copy.deepcopy(memory.state_dict())
+    with pytest.raises(ValueError, match="damaged"):
+        memory.load_state_dict(other.state_dict() | damage)
+    assert same(memory.state_dict(), before)
+    memory.load_state_dict(other.state_dict())
+    assert same(memory.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("kind", [EWC, *MEMORIES])
+def test_a_layer_frozen_later_keeps_its_springs(kind):
+    model, memory = network(), kind(1.0)
+    learnt(memory, model, batch())
+    stiffness = memory.fisher["0.weight"].clone()
+    model[0].requires_grad_(False)
+    learnt(memory, model, batch(2))
+    assert stiffness.any() and torch.equal(memory.fisher["0.weight"], stiffness)
+    model[0].requires_grad_(True)
+    with torch.no_grad():
+        model[0].weight += 1
+    close(memory.penalty(model).detach(), stiffness.sum() / 2)
+
+
+def test_si_credits_small_steps_in_half_precision():
+    """Gradient times move is 2⁻²⁶, of which float16 knows nothing, nor of a damping of 1e-9."""
+    model, memory = Weights([0.0]).half(), SynapticIntelligence(1.0, damping=1e-9)
+    for k in range(4):
+        model.theta.grad = torch.full_like(model.theta, -(2.0**-13))
+        memory.record(model)
+        model.theta.data.fill_((k + 1) * 2.0**-13)
+    memory.consolidate(model)
+    expected = 2 * 4 * 2.0**-26 / (2.0**-22 + 1e-9)
+    assert memory.fisher["theta"].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("rest", [lambda z: z - z.mean(0), lambda z: nn.functional.dropout(z, 0.5, training=True)])
+def test_mas_refuses_a_model_without_an_answer_for_each_example(rest):
+    class Mixing(nn.Linear):
+        def forward(self, x):
+            return rest(super().forward(x))
+
+    torch.manual_seed(0)
+    memory = MemoryAwareSynapses(1.0)
+    with pytest.raises(ValueError, match="mixes the examples of a batch .* or is random in eval mode"):
+        memory.consolidate(Mixing(3, 2).double(), batch())
+    assert not memory.tasks

@@ -22,7 +22,8 @@ SOFTMAX = [sp.exp(f) / sum(map(sp.exp, LOGITS)) for f in LOGITS]
     [
         ((X + 1) ** 2, X**2 + 2 * X + 1),
         (sp.Eq(sp.sin(X) ** 2, 1 - sp.cos(X) ** 2),),
-        (sp.Eq(X, X),),  # SymPy turns this into True
+        (sp.Matrix(sp.MatrixSymbol("A", 2, 2)).T, sp.MatrixSymbol("A", 2, 2).T),
+        (sp.Piecewise((X, X > 0), (-X, X <= 0)) + sp.Piecewise((-X, X > 0), (X, True)), 0),
         (sp.tanh(X), (sp.exp(2 * X) - 1) / (sp.exp(2 * X) + 1), 1 - 2 / (sp.exp(2 * X) + 1)),
         (sp.log(P * (1 + P)), sp.log(P) + sp.log(1 + P)),
         (sp.gamma(P + 1), P * sp.gamma(P)),
@@ -44,7 +45,6 @@ def test_exact_proves_what_is_equal(lines, capsys):
     [
         (((X + 1) ** 2, X**2 - 2 * X + 1), r"the sides differ(.|\n)*residual: 4\*x\n.*At x = 1/5 it is 4/5"),
         ((X, X, -X), "line 2 and line 3 differ"),
-        ((sp.Eq(sp.Integer(1), sp.Integer(2)),), "the sides differ"),
         ((sp.Matrix([[X, 1]]), sp.Matrix([[X, 2]])), r"residual: Matrix\(\[\[0, -1\]\]\)"),
         ((sp.sqrt(X**2), X), "residual"),  # true for positive x only
         (
@@ -66,6 +66,16 @@ def test_exact_refuses_what_it_cannot_prove(lines, message):
         ((X == Y,), TypeError, "not the result of comparing them with =="),
         ((sp.Matrix([X]), X), TypeError, "one side is a matrix and the other is not"),
         ((sp.Matrix([X]), sp.Matrix([X, X])), ValueError, r"shapes \(1, 1\) and \(2, 1\)"),
+        # What SymPy has decided is True, whichever relation it was.
+        *(((line,), TypeError, "got True, which is no") for line in (sp.Eq(X, X), sp.Ne(1, 2), sp.Gt(2, 1), P > -1)),
+        ((sp.Eq(sp.Integer(1), sp.Integer(2)),), TypeError, "got False, which is no"),
+        ((X > Y, X > Y), TypeError, "got x > y, which is no expression or matrix"),
+        (([X], [X]), TypeError, r"got \[x\], which is no expression or matrix"),
+        ((np.array([1, 2]), np.array([1, 2])), TypeError, r"got \[1, 2\], which is no expression or matrix"),
+        ((sp.Piecewise((1, X > 0)), 1), ValueError, "undefined where no condition holds"),
+        ((X, X + 0 * Y, sp.Piecewise((X, X > 0))), ValueError, "undefined where no condition holds"),
+        ((sp.Matrix([sp.Piecewise((X, X > 0))]), sp.Matrix([X])), ValueError, "undefined where no condition holds"),
+        ((sp.MatrixSymbol("A", N, N), sp.MatrixSymbol("A", N, N)), ValueError, r"symbolic shape \(n, n\)"),
     ],
 )
 def test_exact_refuses_what_makes_no_sense(lines, error, message):
@@ -78,7 +88,7 @@ def test_close_accepts_numbers_arrays_tensors_and_dictionaries(capsys):
     verify.close("eq-a", 0.1 + 0.2, 0.3, rtol=1e-12)
     verify.close("eq-a", ones, ones * (1 + 5e-13), rtol=1e-12)
     verify.close("eq-a", torch.ones(2, 3, dtype=torch.float64, requires_grad=True), ones, rtol=1e-12)
-    verify.close("eq-a", {"w": ones, "b": 2}, {"b": 2.0, "w": ones}, rtol=1e-12)
+    verify.close("eq-a", {"w": ones, "b": 2}, {"b": 2.0, "w": torch.from_numpy(ones).to_sparse()}, rtol=1e-12)
     verify.close("eq-a", np.array([1e-15, 1.0]), np.array([0.0, 1.0]), rtol=1e-12, atol=1e-14)
     verify.close("eq-a", 100.004, 100.0, rtol=0, atol=0.01)
     lines = capsys.readouterr().out.splitlines()
@@ -113,6 +123,9 @@ def test_close_accepts_numbers_arrays_tensors_and_dictionaries(capsys):
             r"shape \(3,\) but expected has \(3, 1\); nothing is broadcast",
         ),
         ({"w": 1.0}, {"v": 1.0}, ValueError, "only in one: ['v', 'w']"),
+        (torch.ones(2, dtype=torch.bfloat16), np.ones(2), TypeError, "actual is bfloat16; compare in float64"),
+        (2**53 + 1, 2**53, ValueError, "actual holds a whole number beyond 2⁵³"),
+        (1.0, torch.tensor([-(2**63)]), ValueError, "expected holds a whole number beyond 2⁵³"),
     ],
 )
 def test_close_refuses(actual, expected, error, message):
@@ -126,7 +139,7 @@ def test_sampled_allows_the_given_number_of_standard_errors(capsys):
     verify.sampled(
         "eq-c", {"w": torch.tensor([1.0, 0.0])}, {"w": [1.01, 0.0]}, standard_error={"w": [0.01, 0.0]}
     )
-    verify.sampled("eq-c", np.ones(3), np.ones(3), standard_error=0.5)
+    verify.sampled("eq-c", torch.ones(3).bfloat16(), np.ones(3), standard_error=0.5)
     assert capsys.readouterr().out.splitlines()[0] == (
         "✓ eq-c: within 3.0 standard errors (allowed 4) of 0.01, which is 1 % of the value"
     )
@@ -145,6 +158,9 @@ def test_sampled_allows_the_given_number_of_standard_errors(capsys):
         (1.0, 1.0, np.nan, VerificationError, "NaN"),
         ([1.0, 1.0], [1.0, 1.0], [0.1], ValueError, "shape"),
         ([1.0], 1.0, 0.1, ValueError, "shape"),
+        (torch.tensor(1 + 5j), torch.tensor(1 + 0j), 0.1, TypeError, "estimate is complex64; compare in float64"),
+        (1.0, np.complex128(1), 0.1, TypeError, "expected is complex128"),
+        (2**53 + 2, 2**53, 1.0, ValueError, "beyond 2⁵³"),
     ],
 )
 def test_sampled_refuses(estimate, expected, standard_error, error, message):
