@@ -398,8 +398,25 @@ def check_alone(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) ->
 
 
 def _jacobian(logits_of, theta: Tensor, x: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for fused attention
-        return vmap(lambda x_: jacrev(lambda t: logits_of(t, x_.unsqueeze(0)).squeeze(0))(theta))(x)
+    """(N, C, P). For some layers torch.func is wrong: two examples are compared with plain autograd, which then stands in."""
+
+    def plain(x_: Tensor) -> Tensor:
+        t = theta.detach().requires_grad_()
+        logits = logits_of(t, x_.unsqueeze(0)).squeeze(0)
+        return torch.stack([torch.autograd.grad(logit, t, retain_graph=True)[0] for logit in logits])
+
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # vmap has no rule for fused attention
+        try:
+            rows = vmap(lambda x_: jacrev(lambda t: logits_of(t, x_.unsqueeze(0)).squeeze(0))(theta))(x)
+            if all(_agree(rows[n], plain(x[n])) for n in {0, len(x) - 1}):
+                return rows
+        except RuntimeError:  # what it cannot do, or what the model cannot: autograd says which
+            pass
+        return torch.stack([plain(x_) for x_ in x])
+
+
+def _agree(found: Tensor, truth: Tensor) -> bool:
+    return bool(torch.dist(found, truth) <= TOLERANCE.get(truth.dtype, 0.2) * truth.norm())
 
 
 def _chunks(logits_of, theta: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -411,19 +428,35 @@ def _chunks(logits_of, theta: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[Te
 
 
 def _second_derivative(scalar, theta: Tensor) -> Tensor:
-    """The Hessian of a function of θ: row i is the gradient of the i-th entry of its gradient."""
+    """The Hessian of a function of θ: row i is the gradient of the i-th entry of its gradient.
+
+    For some layers torch.func is wrong: along one direction it is compared with plain autograd, which then stands in.
+    """
     unit = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # fused attention has no second derivative
+        t = theta.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(scalar(t), t, create_graph=True)
+
+        def plain(v: Tensor) -> Tensor:
+            if not gradient.requires_grad:  # a linear function
+                return torch.zeros_like(v)
+            return torch.autograd.grad(gradient, t, v, retain_graph=True)[0]
+
+        direction = torch.linspace(1, 2, len(theta), dtype=theta.dtype, device=theta.device)
         _, row = vjp(grad(scalar), theta)
-        return vmap(lambda e: row(e)[0], chunk_size=64)(unit)
+        hessian = vmap(lambda e: row(e)[0], chunk_size=64)(unit)
+        if not _agree(hessian.T @ direction, plain(direction)):
+            hessian = torch.stack([plain(e) for e in unit])
+    return hessian
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode restored afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        for module in modes:  # not by `eval()`, which some models override to merge weights
+            module.training = False
         yield
     finally:
         for module, mode in modes.items():

@@ -411,3 +411,36 @@ def test_wrapped_models_have_plain_names(wrap, data):
     assert curvature.blocks(wrapped) == curvature.blocks(model)
     assert torch.equal(curvature.vector(wrapped, dict(model.named_parameters())), curvature._flat(model)[0])
     assert torch.equal(curvature.full_fisher(wrapped, data), F)
+
+
+@pytest.mark.parametrize("kind", ["prototypes", "slopes, as many examples as classes", "slopes"])
+def test_layers_for_which_torch_func_is_wrong(kind):
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.prototypes = nn.Linear(4, 5), nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x):
+            return -torch.cdist(self.body(x), self.prototypes)
+
+    torch.manual_seed(0)
+    slopes = nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Linear(5, 3))
+    model = (Prototypes() if kind == "prototypes" else slopes).double()
+    n = 3 if "classes" in kind else 8
+    x, y = torch.randn(n, 4, dtype=torch.float64), torch.arange(n) % 3
+    theta = list(model.parameters())
+
+    def flat(gradients):
+        return torch.cat([g.flatten() for g in gradients])
+
+    J = torch.stack([
+        torch.stack([flat(torch.autograd.grad(z, theta, retain_graph=True)) for z in logits]) for logits in model(x)
+    ])
+    torch.testing.assert_close(curvature.jacobian(model, x), J)
+    p = model(x).softmax(1).detach()
+    F = torch.einsum("nci,ncd,ndj->ij", J, torch.diag_embed(p) - p[:, :, None] * p[:, None], J) / n
+    torch.testing.assert_close(curvature.gauss_newton(model, (x, y)), F)
+    torch.testing.assert_close(curvature.full_fisher(model, (x, y)), F)
+    first = flat(torch.autograd.grad(nn.functional.cross_entropy(model(x), y), theta, create_graph=True))
+    H = torch.stack([flat(torch.autograd.grad(g, theta, retain_graph=True)) for g in first])
+    torch.testing.assert_close(curvature.hessian(model, (x, y)), H)
