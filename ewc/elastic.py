@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ewc import _checkpoint
 from ewc import fisher as _fisher
 
 ANCHORS = ("latest", "each")
@@ -294,7 +294,7 @@ class EWC:
         Raises:
             FileNotFoundError: no such folder.
         """
-        _write(self.state_dict(), path)
+        _checkpoint.write(self.state_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str | None = None) -> EWC:
@@ -376,25 +376,6 @@ class EWC:
                     f"Parameter {name!r} is on {p.device} and the memory on {star.device}; call memory.to({p.device})."
                 )
         return found
-
-
-def _write(state: dict, path: str | os.PathLike) -> None:
-    """Writes ``state`` beside ``path``, to the disk, then renames; in a process group on rank 0 only."""
-    if _fisher._distributed() and torch.distributed.get_rank():
-        return
-    path = Path(path).resolve()  # through a link to the file itself
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to; create it first.")
-    scratch = path.with_name(path.name + ".part")  # always this name: what a kill leaves is overwritten next time
-    try:
-        with scratch.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 class _Quadratic(torch.autograd.Function):

@@ -5,10 +5,12 @@ compute device, so an epoch costs little more than its matrix products.
 """
 from __future__ import annotations
 
-import copy
+import inspect
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -18,10 +20,11 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from . import curvature
-from .elastic import EWC, _write
+from . import _checkpoint, curvature
+from ._memories import Kronecker, Single, Stacked
+from .elastic import EWC
 from .fisher import _distributed, _progress, unwrap
-from .kfac import KFAC, _shrunk
+from .kfac import KFAC
 from .metrics import accuracy
 from .relatives import SynapticIntelligence
 from .tasks import Task
@@ -48,6 +51,7 @@ class History:
     accuracy: dict[str, list[float]] = field(default_factory=dict)
 
 
+@torch.inference_mode(False)  # and with gradients, whatever surrounds the call
 def fit(
     model: nn.Module,
     task: Task,
@@ -75,9 +79,12 @@ def fit(
     On a GPU the step of a network of plain layers (linear, convolution, dropout, ...) without hooks is captured once as
     a CUDA graph and replayed, if there are more than fifty; other networks train step by step, to the same numbers but
     for rounding. After a replay no gradient is left in ``.grad``.
+    All modules train in training mode, also a batch normalisation that was put in eval mode; afterwards each is in the
+    mode it was in.
 
     Args:
-        model: a network with logits of shape ``(n, classes)``; moved to the task's device.
+        model: a network with logits of shape ``(n, classes)``, or wider for a task without heads; moved to the task's
+            device.
         task: the data; its tensors are used as they lie.
         epochs: passes over the training set.
         steps: stop after so many steps of the optimiser, whatever ``epochs``.
@@ -90,23 +97,24 @@ def fit(
             `ewc.EWC`; None trains plainly.
         penalty: ``"pull"`` takes a proximal step on the penalty after each step of the optimiser,
             stable for every strength; ``"gradient"`` adds the penalty's gradient to the loss's.
-        watch: tasks whose test accuracy is recorded.
+        watch: tasks whose test accuracy is recorded, of different names.
         every: steps between two such evaluations, the last step being one in any case; None evaluates once an epoch.
         seed: fixes the order of the examples.
-        moments: the optimiser's running means, carried from task to task: give every call the same dict, empty
-            at first. None starts the optimiser afresh.
+        moments: the optimiser's running means by the parameters' names, carried from task to task: give every call
+            the same dict, empty at first. A parameter without any starts afresh, as all do for None.
 
     Returns:
         The run's `History`.
 
     Raises:
         NonFiniteLoss: the loss became infinite or NaN; names the step. The model is left with
-            the last weights that are known to have a finite loss, and the buffers of that moment.
-        ValueError: an unknown optimiser, schedule or penalty, no training example, or labels that are no classes.
+            the last weights that are known to have a finite loss, and the buffers of that moment; a memory that
+            watches the way (`SynapticIntelligence`) with the path that leads there and to no other weights.
+        ValueError: an unknown optimiser, schedule or penalty, a number outside its range, no training example, labels
+            that are no classes or in no head, too few outputs, nothing to train, or two watched tasks of one name.
     """
-    _check(task, batch_size)
-    x, y = task.train.tensors
-    model.to(x.device)
+    _check(model, task, watch)
+    x, y = task.train.tensors[0], task.train.tensors[1].long()
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
@@ -127,23 +135,25 @@ def fit(
         return [{t.name: accuracy(model, t) for t in watch}]
 
     history = History()
-    _loop(
-        parameters={k: p for k, p in unwrap(model).named_parameters() if p.requires_grad},
-        buffers=list(model.buffers()),
-        loss_of=loss_of,
-        evaluate=evaluate,
-        orders=_orders([seed], len(x), x.device, stacked=False),
-        size=len(x),
-        histories=[history],
-        modules=[model],
-        memory=_Single(model, memory) if memory is not None else None,
-        epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
-        schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
-        graph=world == 1 and _has_graphs(x.device) and _replayable(model, task, memory, penalty, optimizer),
-    )
+    with curvature.evaluating(model):  # for the modes afterwards
+        _loop(
+            parameters={k: p for k, p in unwrap(model).named_parameters() if p.requires_grad},
+            buffers=list(model.buffers()),
+            loss_of=loss_of,
+            evaluate=evaluate,
+            orders=_orders([seed], len(x), x.device, stacked=False),
+            size=len(x),
+            histories=[history],
+            modules=[model],
+            memory=Single(model, memory) if memory is not None else None,
+            epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
+            schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments, world=world,
+            graph=world == 1 and _has_graphs(x.device) and _replayable(model, task, memory, penalty, optimizer),
+        )
     return history
 
 
+@torch.inference_mode(False)
 def sweep(
     models: Sequence[nn.Module],
     task: Task,
@@ -169,11 +179,13 @@ def sweep(
     keeps the runs apart; the optimisers act element by element and need no change.
 
     Args:
-        models: R networks that differ in their weights only; trained in place.
+        models: R networks that differ in their weights only; trained in place. What else a forward pass reads from
+            Python, such as a chosen head, is the first network's for all of them.
         task: the data, the same for all runs.
         seeds: R integers, the order of the examples of each run; equal seeds share their batches.
-        memories: R quadratic memories (with ``fisher``, ``theta_star``, ``strength``) or None; or R of `ewc.kfac.KFAC`,
-            each with one pair of factors (of one task, or pooled), for SGD and the pull.
+        memories: R quadratic memories (with ``fisher``, ``theta_star``, ``strength``; none with a pull that is not
+            EWC's) or None; or R of `ewc.kfac.KFAC`, each with one pair of factors (of one task, or pooled), for SGD and
+            the pull.
         epochs, steps, batch_size, lr, optimizer, momentum, schedule, penalty, watch, every, moments: as for `fit`.
 
     Returns:
@@ -182,8 +194,9 @@ def sweep(
     Raises:
         NonFiniteLoss: as for `fit`; names the run as well. All models are left with the last
             weights at which every loss was finite.
-        ValueError: lists of different lengths, a memory of other networks, options unknown to `fit`, or K-FAC memories
-            with several pairs of factors, beside others, for another optimiser or penalty, or with frozen parameters.
+        ValueError: lists of different lengths, networks of different layers or that share weights, a memory of other
+            networks or with a pull of its own, what `fit` refuses, or K-FAC memories with several pairs of factors,
+            beside others, for another optimiser or penalty, or with frozen parameters.
     """
     models = [unwrap(model) for model in models]
     runs = len(models)
@@ -191,7 +204,18 @@ def sweep(
     if not runs or len(seeds) != runs or len(memories) != runs:
         raise ValueError(f"sweep needs one seed and one memory (or None) per model, but got {runs} models, "
                          f"{len(seeds)} seeds and {len(memories)} memories.")
+    plans = [(repr(m), [(n, p.shape, p.requires_grad) for n, p in m.named_parameters()]) for m in models]
+    for r, plan in enumerate(plans):
+        if plan != plans[0]:
+            raise ValueError(f"sweep trains models that differ in weights only, but models[{r}] has other layers, "
+                             "settings or frozen parameters than models[0]; train them with fit.")
+    weights = [p for model in models for p in model.parameters()]
+    if len(set(map(id, weights))) < len(weights):
+        raise ValueError("sweep needs models with weights of their own, but two of these share; use copy.deepcopy.")
     kronecker = any(isinstance(m, KFAC) for m in memories)
+    if any(m is not None and _changed(m, KFAC if isinstance(m, KFAC) else EWC) for m in memories):
+        raise ValueError("sweep pulls as EWC and KFAC do, but a memory has a pull, an add_gradient or a strength of "
+                         "its own; train this one with fit.")
     if not kronecker and any(hasattr(m, "record") or (m is not None and not hasattr(m, "fisher")) for m in memories):
         raise ValueError("sweep stacks quadratic memories such as EWC and L2; train this one with fit.")
     if kronecker:
@@ -202,19 +226,20 @@ def sweep(
         if any(not p.requires_grad for p in models[0].parameters()):
             raise ValueError("sweep pulls with K-FAC where no parameter is frozen; train these with fit.")
         memories = memories if pairs == {1} else [None] * runs  # before the first task nothing pulls
-    _check(task, batch_size)
-    x, y = task.train.tensors
-    for model in models:
-        model.to(x.device).train()  # all of them in one mode, as stacking asks
     base = models[0]
-    places = {place: name for place, (name, _) in curvature.places(base).items()}
-    stacked, buffers = stack_module_state(list(models))
     own = dict(base.named_parameters())
     for memory in memories:
         for name, star in memory.theta_star.items() if memory is not None else ():
             if name not in own or own[name].shape != star.shape:
                 raise ValueError(f"A memory holds a parameter {name!r} of shape {tuple(star.shape)} that the models do "
                                  "not have; use the models that were consolidated.")
+    _check(base, task, watch)
+    x, y = task.train.tensors[0], task.train.tensors[1].long()
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.to(x.device).train()  # all of them in one mode, as stacking asks
+    places = {place: name for place, (name, _) in curvature.places(base).items()}
+    stacked, buffers = stack_module_state(list(models))
     linear = {id(m.weight) for m in base.modules() if type(m) is nn.Linear}
     for name, p in own.items():
         if id(p) in linear:  # as a batched product lays out its gradient: autograd would copy any other into this shape
@@ -257,9 +282,9 @@ def sweep(
             size=len(x),
             histories=histories,
             modules=[base],
-            memory=None if all(m is None for m in memories) else (_Kronecker if kronecker else _Stacked)(trained, memories),
+            memory=None if all(m is None for m in memories) else (Kronecker if kronecker else Stacked)(trained, memories),
             epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
-            schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments,
+            schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments, world=1,
             graph=_has_graphs(x.device) and _replayable(base, task, None, penalty, optimizer),  # stacked memories are plain
         )
     finally:
@@ -269,6 +294,8 @@ def sweep(
                     p.copy_(stacked[name][r])
                 for name, b in model.named_buffers():
                     b.copy_(buffers[name][r])
+        for module, mode in modes:
+            module.training = mode
     return histories
 
 
@@ -289,7 +316,9 @@ def run(
         tasks: the sequence; every task is evaluated after each.
         memory: the memory of the run, or a list of R of them; None for plain fine-tuning.
         checkpoint: a file that keeps the state after each finished task. If it exists, the run goes
-            on after the last task in it and ends with the same numbers as if it had never stopped.
+            on after the last task in it and ends with the same numbers as if it had never stopped (with dropout or
+            drawn labels under ``torchrun``: in as many processes). It belongs to the tasks' names and sizes, the seed,
+            the options and the memory's options; of the networks only the shapes are compared.
         seed: fixes the order of the examples; one for each model.
         keep_moments: carry the optimiser's running means from task to task; False starts each task afresh.
         **options: passed to `fit` or `sweep`.
@@ -299,8 +328,9 @@ def run(
         shape ``(T, T)``, or ``(R, T, T)`` for R models.
 
     Raises:
-        ValueError: the checkpoint belongs to another run; one seed or memory for several models; K-FAC memories that
-            keep each task's factors, for several models and more than two tasks.
+        ValueError: the checkpoint belongs to another run, or cannot be written where it is to be; one seed or memory
+            for several models; K-FAC memories that keep each task's factors, for several models and more than two
+            tasks; a task that cannot be learnt or tested, also a later one.
     """
     many = isinstance(model, (list, tuple))
     models = list(model) if many else [model]
@@ -311,15 +341,25 @@ def run(
     seeds = list(seed) if many else [seed]
     if many and len(tasks) > 2 and any(isinstance(m, KFAC) and m.keep == "each" for m in memories):
         raise ValueError("Many models train as a sweep, which needs K-FAC memories with one pair of factors: keep='pooled'.")
-    names = [t.name for t in tasks]
+    for task in tasks:
+        for net in models[:1]:  # many must be alike, says `sweep`
+            _check(net, task)
+        _check_data(task, "test", task.test)
+    heads = [task.head if any(m is not None for m in memories) else None for task in tasks]  # one each, or refused
+    chosen = {name: p.default for name, p in inspect.signature(fit).parameters.items()} | options
+    identity = _checkpoint.identity_of(tasks, seeds, memories, keep_moments, chosen)
     matrix = torch.full((len(models), len(tasks), len(tasks)), math.nan, dtype=torch.float64)
     moments = {} if keep_moments else None
     done = 0
-    if checkpoint is not None and Path(checkpoint).exists():
-        done = _restore(Path(checkpoint), names, models, memories, matrix, moments)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path and path.is_file():
+        done = _checkpoint.restore(path, identity, models, memories, matrix, moments, tasks[0].device)
         for keep in memories:
             if keep is not None:
                 keep.to(tasks[0].device)  # the file was read to the CPU; the models move when they train
+    if path and done < len(tasks) and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+        raise ValueError(f"The checkpoint {str(path)!r} cannot be written; choose a file in a folder that exists and "
+                         "that you may write to.")
     for i in range(done, len(tasks)):
         task = tasks[i]
         if many:
@@ -328,11 +368,11 @@ def run(
             fit(model, task, memory=memory, seed=seed + i, moments=moments, **options)
         for r, (net, keep) in enumerate(zip(models, memories)):
             if keep is not None:
-                keep.consolidate(net, _share(task.train), classes=task.head)
+                keep.consolidate(net, _share(task.train), classes=heads[i])
             for j, other in enumerate(tasks):
                 matrix[r, i, j] = accuracy(net, other)
-        if checkpoint is not None:
-            _save(Path(checkpoint), names, i + 1, models, memories, matrix, moments)
+        if path:
+            _checkpoint.save(path, identity, i + 1, models, memories, matrix, moments, task.device)
     return matrix if many else matrix[0]
 
 
@@ -342,12 +382,21 @@ def run(
 def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Callable, evaluate: Callable,
           orders: Callable, size: int, histories: list[History], modules: list[nn.Module], memory, epochs: int,
           steps: int | None, batch_size: int, lr: float, optimizer: str, momentum: float, schedule: str | None,
-          penalty: str, every: int | None, watched: bool, moments: dict | None, graph: bool) -> None:
-    tensors = list(parameters.values())
-    kept = tensors + buffers  # what a bad loss must not spoil: the statistics of batch normalisation as well
+          penalty: str, every: int | None, watched: bool, moments: dict | None, world: int, graph: bool) -> None:
+    names, tensors = list(parameters), list(parameters.values())
+    if not tensors:
+        raise ValueError("There is nothing to train: every parameter is frozen (requires_grad is False).")
     _choose("penalty", penalty, ("pull", "gradient"))
     _choose("schedule", schedule, ("cosine", None))
     _choose("optimizer", optimizer, ("sgd", "adam"))
+    whole = ("batch_size", batch_size, 1), ("epochs", epochs, 0), ("steps", steps or 0, 0), ("every", every or 1, 1)
+    for what, value, least in whole:
+        if not (isinstance(value, Integral) and value >= least):
+            raise ValueError(f"{what} must be a whole number, at least {least}; got {value!r}.")
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr must be a finite number, at least 0; got {lr!r}.")
+    if optimizer == "sgd" and not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and less than 1; got {momentum!r}.")
     per_epoch = math.ceil(size / batch_size)
     total = epochs * per_epoch if steps is None else steps
     # Fused steps go through all their tensors in one order, which gaps between the numbers would break.
@@ -363,15 +412,18 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
         fused = graph or (dense and tensors[0].device.type == "cpu")
         opt = torch.optim.Adam(tensors, lr=rate, fused=fused, foreach=not fused, capturable=graph)
     if moments:
-        if any(i >= len(tensors) or (m.dim() and m.shape != tensors[i].shape) for i, own in moments.items() for m in own.values()):
+        flat = [(n, m) for n, own in moments.items() for m in own.values()]
+        if any(n not in parameters or (m.dim() and m.shape != parameters[n].shape) for n, m in flat):
             raise ValueError("These moments belong to other parameters; give every run an empty dict of its own.")
         # A copy: the optimiser writes into its state. It lies in memory as the parameters do, since the fused step
         # goes through all of them in one order. The rate is this run's, not the last one's.
-        state = {i: {key: torch.empty_like(tensors[i]).copy_(m) if m.dim() else m.clone() for key, m in own.items()}
-                 for i, own in moments.items()}
+        state = {i: {key: torch.empty_like(p).copy_(m) if m.dim() else m.clone() for key, m in moments[n].items()}
+                 for i, (n, p) in enumerate(parameters.items()) if n in moments}
         opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
         opt.param_groups[0]["lr"] = rate  # not a copy of it
     every = every or per_epoch
+    # What a bad loss must not spoil: statistics of batch normalisation and the path of synaptic intelligence as well.
+    kept = tensors + buffers + (memory.path() if isinstance(memory, Single) else [])
     latest = [t.detach().clone() for t in kept]
     earlier = [p.clone() for p in latest]
     window: list[Tensor] = []
@@ -388,6 +440,9 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
     def check(step: int) -> Tensor:
         """Stop at a bad loss with the last good weights; return the sum of the losses since the last check."""
         losses = torch.stack(window).view(len(window), -1)
+        if world > 1:  # each process has seen its share of the batches; all must decide alike
+            dist.all_reduce(losses)
+            losses /= world
         bad = ~losses.isfinite()
         sound = step < total or all(bool(p.isfinite().all()) for p in tensors)
         if bad.any() or not sound:
@@ -464,7 +519,7 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
     if graph:
         opt.zero_grad(set_to_none=True)  # they belong to the graph
     if moments is not None:
-        moments.update(opt.state_dict()["state"])
+        moments.update((names[i], own) for i, own in opt.state_dict()["state"].items())
 
 
 class _Replayed:
@@ -508,18 +563,21 @@ def _replayable(model: nn.Module, task: Task, memory, penalty: str, optimizer: s
     parameters = list(model.parameters())
     if type(task) is not Task or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
         return False
-    if memory is not None and {"pull", "add_gradient", "record"} & vars(memory).keys():
-        return False
     if isinstance(memory, KFAC):
         # Several pairs of factors, or a step for each weight, are solved by looking at residuals.
         simple = type(memory) is KFAC and len(memory.tasks) <= 1 and optimizer == "sgd" and penalty == "pull"
-        return simple and all(p.requires_grad for p in parameters)
+        return simple and not _changed(memory, KFAC) and all(p.requires_grad for p in parameters)
     if memory is None:
         return True
-    kind = type(memory)
-    record = getattr(kind, "record", SynapticIntelligence.record)
-    return (isinstance(memory, EWC) and kind.strength is EWC.strength and kind.pull is EWC.pull
-            and kind.add_gradient is EWC.add_gradient and record is SynapticIntelligence.record)
+    record = getattr(type(memory), "record", SynapticIntelligence.record)
+    return isinstance(memory, EWC) and not _changed(memory, EWC) and record is SynapticIntelligence.record
+
+
+def _changed(memory, kind: type) -> bool:
+    """Does this memory do in a way of its own what training does for ``kind`` without asking it?"""
+    ways = ("strength", "pull", "add_gradient")
+    return (any(getattr(type(memory), way, getattr(kind, way)) is not getattr(kind, way) for way in ways)
+            or not {"pull", "add_gradient", "record"}.isdisjoint(getattr(memory, "__dict__", ())))
 
 
 def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> float | Tensor | dict[str, Tensor]:
@@ -545,94 +603,6 @@ def _step_sizes(opt: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> fl
     return sizes
 
 
-class _Single:
-    """A memory and its model, as the loop sees them."""
-
-    def __init__(self, model: nn.Module, memory) -> None:
-        self.model, self.memory = model, memory
-
-    def record(self) -> None:
-        """Synaptic intelligence watches the task's own gradient along the way; other memories do not."""
-        if hasattr(self.memory, "record"):
-            self.memory.record(self.model)
-
-    def add_gradient(self) -> None:
-        self.memory.add_gradient(self.model)
-
-    def pull(self, step) -> None:
-        self.memory.pull(self.model, step)
-
-
-class _Stacked:
-    """R quadratic memories on stacked parameters: the penalties of all runs in a few element-wise operations."""
-
-    def __init__(self, parameters: dict[str, Tensor], memories: Sequence) -> None:
-        self.names, self.tensors = list(parameters), [p.detach() for p in parameters.values()]
-        self.parameters = list(parameters.values())
-        self.weights = [torch.zeros_like(p) for p in self.tensors]  # lambda * F, stacked as the parameters are
-        self.anchors = [p.clone() for p in self.tensors]
-        self.inverse: list[Tensor] = []  # 1 / (lambda * F), made when it is first asked for
-        self.shares: list[Tensor] = []  # memory that `pull` need not ask for at each step
-        for name, weight, anchor in zip(self.names, self.weights, self.anchors):
-            for r, memory in enumerate(memories):
-                if memory is not None and name in memory.fisher:  # one that it never saw is free, as in `fit`
-                    weight[r] = memory.strength * memory.fisher[name]
-                    anchor[r] = memory.theta_star[name]
-
-    def record(self) -> None:
-        """Quadratic memories only: nothing watches the way."""
-
-    def add_gradient(self) -> None:
-        for p in self.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        moved = torch._foreach_sub(self.tensors, self.anchors)
-        torch._foreach_addcmul_([p.grad for p in self.parameters], self.weights, moved)
-
-    def pull(self, step: float | Tensor | dict[str, Tensor]) -> None:
-        if not self.inverse:
-            self.inverse = [w.reciprocal() for w in self.weights]
-            self.shares = [torch.empty_like(w) for w in self.weights]
-        for name, inverse, share in zip(self.names, self.inverse, self.shares):  # w / (1 + w) = 1 / (1 + 1 / w)
-            torch.div(inverse, step[name] if isinstance(step, dict) else step, out=share)
-        torch._foreach_add_(self.shares, 1.0)
-        torch._foreach_reciprocal_(self.shares)
-        torch._foreach_lerp_(self.tensors, self.anchors, self.shares)
-
-
-class _Kronecker:
-    """R memories with one pair of Kronecker factors for each layer, on stacked parameters: `KFAC.pull` for all runs.
-
-    The anchors, bases and stiffnesses are stacked and fixed: a graph may hold them.
-    """
-
-    def __init__(self, parameters: dict[str, Tensor], memories: Sequence[KFAC]) -> None:
-        self.layers = []
-        for layer in memories[0].tasks[0]:
-            prefix = f"{layer}." if layer else ""
-            weight, bias = (parameters.get(prefix + key) for key in ("weight", "bias"))
-            U, V, curvatures = (torch.stack(parts) for parts in zip(*(memory._basis(layer) for memory in memories)))
-            strengths = curvatures.new_tensor([memory.strength for memory in memories])
-            anchor = torch.stack([memory._anchor(layer) for memory in memories])
-            fixed = anchor, U, V, strengths[:, None, None] * curvatures
-            kind = torch.promote_types(weight.dtype, torch.float32)  # sums of products overflow in half precision
-            own = weight.detach(), None if bias is None else bias.detach()
-            self.layers.append((*own, *(part.to(weight.device, kind) for part in fixed)))
-
-    def record(self) -> None:
-        """Nothing watches the way."""
-
-    @torch.no_grad()
-    def pull(self, step: float | Tensor) -> None:
-        for weight, bias, anchor, U, V, stiffness in self.layers:
-            rows = weight.flatten(2)
-            delta = (rows if bias is None else torch.cat([rows, bias[:, :, None]], 2)) - anchor
-            place = anchor + _shrunk(delta, U, V, step * stiffness)
-            weight.copy_(place[:, :, : rows.shape[2]].view_as(weight))
-            if bias is not None:
-                bias.copy_(place[:, :, -1])
-
-
 def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool) -> Callable[[int], Tensor]:
     """Epoch -> order of the examples: shape ``(n,)``, or ``(R, n)`` when runs have their own."""
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -650,17 +620,37 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return rows if index.dim() == 1 else rows.unflatten(0, index.shape)
 
 
-def _check(task: Task, batch_size: int) -> None:
+def _check(model: nn.Module, task: Task, watch: Sequence[Task] = ()) -> None:
     """Says in words what would otherwise fail in the middle of the training, on a GPU for the whole process."""
-    x, y = task.train.tensors
+    _check_data(task, "training", task.train)
+    names = [t.name for t in watch]
+    if len(set(names)) < len(names):
+        raise ValueError(f"watch needs tasks of different names, under which it records their accuracies; got {names}.")
+    x = task.train.tensors[0][:2]
+    model = unwrap(model.to(x.device))
+    with curvature.evaluating(model), torch.no_grad():
+        shape = tuple(model(x).shape)
+    if len(shape) < 2 or (task.heads and len(shape) > 2):
+        raise ValueError(f"The model returns shape {shape} for two examples; it must return logits of shape (examples, "
+                         f"classes){'' if task.heads else ' or (examples, classes, *positions)'}.")
+    width = shape[1]
+    if width < task.classes or (task.heads and width > task.classes):
+        raise ValueError(f"The model has {width} outputs, but {task.name!r} has {task.classes} classes; give it one "
+                         f"output for each{'' if task.heads else ', or more'}.")
+
+
+def _check_data(task: Task, what: str, data: TensorDataset) -> None:
+    x, y = data.tensors
     if not len(x):
-        raise ValueError(f"{task.name!r} has no training example; give at least one.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
-    low, high = torch.stack(y.aminmax()).tolist()
+        raise ValueError(f"{task.name!r} has no {what} example; give at least one.")
+    if y.is_floating_point() or y.is_complex():
+        raise ValueError(f"{task.name!r} has {what} labels of {y.dtype}; labels must be whole numbers: use y.long().")
+    low, high = torch.stack(y.long().aminmax()).tolist()
     if low < 0 or high >= task.classes:
         raise ValueError(f"{task.name!r} has labels from {low} to {high}, but {task.classes} classes: they must lie "
                          f"between 0 and {task.classes - 1}.")
+    if task.heads and (homeless := set(y.unique().tolist()).difference(*task.heads)):
+        raise ValueError(f"{task.name!r} has {what} labels {sorted(homeless)}, but no head for them in {task.heads}.")
 
 
 def _choose(what: str, value, allowed: tuple) -> None:
@@ -673,45 +663,3 @@ def _share(data: TensorDataset) -> TensorDataset:
     if not _distributed():
         return data
     return TensorDataset(*(t[dist.get_rank()::dist.get_world_size()] for t in data.tensors))
-
-
-def _save(path: Path, names, done: int, models, memories, matrix: Tensor, moments: dict | None) -> None:
-    """A kill at any moment leaves a whole file."""
-    state = {"tasks": names, "done": done, "matrix": matrix, "moments": moments,
-             "random": torch.get_rng_state(),
-             "random of cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-             "models": [m.state_dict() for m in models],
-             "memories": [m.state_dict() if m is not None else None for m in memories]}
-    _write(state, path)
-
-
-def _restore(path: Path, names, models, memories, matrix: Tensor, moments: dict | None) -> int:
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as problem:
-        raise ValueError(f"{path} is not a readable checkpoint ({problem}); remove it to start afresh.") from problem
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of `run` but holds a {type(state).__name__}; choose another file.")
-    if state.get("tasks") != names or len(state.get("models", ())) != len(models):
-        raise ValueError(f"{path} belongs to another run (tasks {state.get('tasks')}, {len(state.get('models', ()))} "
-                         f"models), not to this one (tasks {names}, {len(models)} models); choose another file.")
-    # All of it is looked at before anything is changed.
-    for model, saved, memory, kept in zip(models, state["models"], memories, state["memories"]):
-        if {k: v.shape for k, v in model.state_dict().items()} != {k: v.shape for k, v in saved.items()}:
-            raise ValueError(f"{path} holds a network with other parameters than this one; choose another file.")
-        if (memory is None) != (kept is None):
-            raise ValueError(f"{path} was written {'without' if kept is None else 'with'} a memory; run it that way.")
-        if memory is not None:
-            copy.deepcopy(memory).load_state_dict(kept)
-    for model, saved in zip(models, state["models"]):
-        model.load_state_dict(saved)
-    for memory, saved in zip(memories, state["memories"]):
-        if memory is not None:
-            memory.load_state_dict(saved)
-    if moments is not None:
-        moments.update(state["moments"] or {})
-    matrix.copy_(state["matrix"])
-    torch.set_rng_state(state["random"])  # dropout and drawn labels go on where they stopped
-    if len(state["random of cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random of cuda"])
-    return state["done"]
