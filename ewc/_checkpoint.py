@@ -7,13 +7,16 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .fisher import _distributed
-from .tasks import Task
+
+if TYPE_CHECKING:  # the memories can do without the data sets and what draws them
+    from .tasks import Task
 
 
 def write(state: dict, path: str | os.PathLike) -> None:
@@ -37,11 +40,13 @@ def write(state: dict, path: str | os.PathLike) -> None:
 
 def identity_of(tasks: Sequence[Task], seeds, memories, keep_moments: bool, options: dict) -> dict:
     """What makes a run this one and no other, in plain values; without what changes no number, such as ``watch``."""
-    identity = {"tasks": [t.name for t in tasks], "training examples": [len(t.train) for t in tasks],
+    identity = {"models": len(memories), "tasks": [str(t.name) for t in tasks], "training examples": [len(t.train) for t in tasks],
                 "test examples": [len(t.test) for t in tasks], "seed": [int(s) for s in seeds],
                 "memory given": [m is not None for m in memories], "keep_moments": bool(keep_moments)}
-    identity |= _plain({name: options[name] for name in ("epochs", "steps", "batch_size", "lr", "optimizer", "momentum",
-                                                        "schedule", "penalty")})
+    telling = ["steps" if options["steps"] is not None else "epochs", "batch_size", "lr", "optimizer", "schedule", "penalty"]
+    if options["optimizer"] == "sgd":
+        telling.append("momentum")
+    identity |= _plain({name: options[name] for name in telling})
     for r, memory in enumerate(memories):
         given = inspect.signature(type(memory)).parameters if memory is not None else ()
         own = _plain({name: getattr(memory, name) for name in given if hasattr(memory, name)})
@@ -52,7 +57,7 @@ def identity_of(tasks: Sequence[Task], seeds, memories, keep_moments: bool, opti
 def _plain(values: dict) -> dict:
     """Those that are numbers, strings or None, as Python's own: others are not read back from a file."""
     values = {name: v.item() if getattr(v, "ndim", None) == 0 else v for name, v in values.items()}
-    return {name: v for name, v in values.items() if v is None or isinstance(v, (int, float, str))}
+    return {name: v for name, v in values.items() if type(v) in (bool, int, float, str, type(None))}
 
 
 def _gathered(own: Tensor, device: torch.device) -> list[Tensor]:
@@ -81,8 +86,8 @@ def restore(path: Path, identity: dict, models, memories, matrix: Tensor, moment
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as problem:
         raise ValueError(f"{path} is not a readable checkpoint ({problem}); remove it to start afresh.") from problem
-    if not isinstance(state, dict) or "run" not in state:
-        raise ValueError(f"{path} is not a checkpoint of `run` but holds a {type(state).__name__}; choose another file.")
+    if not (isinstance(state, dict) and isinstance(state.get("run"), dict)):
+        raise ValueError(f"{path} is not a checkpoint of `run`, or was written by an earlier version; choose another file.")
     for what in identity | state["run"]:
         there, here = (some.get(what, "absent") for some in (state["run"], identity))
         if there != here:

@@ -231,9 +231,10 @@ def network(
     if not 0 < prior_precision < math.inf:
         raise ValueError(f"The prior precision is {prior_precision}: it must be a positive number.")
     model = unwrap(model)
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
+            raise ValueError(f"Parameter {name!r} is {p.dtype}: a Gaussian needs more digits; use model.float().")
     ggn = curvature.gauss_newton(model, data)
-    if torch.finfo(ggn.dtype).bits < 32:
-        raise ValueError(f"The weights are {ggn.dtype}: a Gaussian needs more digits; use model.float().")
     x, y = curvature.collect(data, ggn)
     mode = curvature.vector(model, dict(model.named_parameters())).detach()
     with curvature.evaluating(model), torch.no_grad():

@@ -58,7 +58,7 @@ def accuracy(
         raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    hits, allowed = 0, None
+    hits, elsewhere = 0, None
     try:
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(images)
@@ -67,20 +67,25 @@ def accuracy(
                     f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: axis 1 of "
                     "the logits runs over the classes and the other axes are those of the labels."
                 )
-            if classes is not None and allowed is None:  # the network's first answer says how many classes there are
-                allowed = class_index(classes, logits, least=1)
+            if classes is not None and elsewhere is None:  # the network's first answer says how many classes there are
+                elsewhere = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+                elsewhere[class_index(classes, logits, least=1)] = False
             logits = logits.movedim(1, -1)
-            if allowed is not None:
-                logits = logits[..., allowed]
+            if elsewhere is not None:
+                logits = logits.masked_fill(elsewhere, -math.inf)
             elif isinstance(data, Task):
                 logits = data.masked(logits, labels)
-            largest, choice = logits.max(-1)
-            choice = choice if allowed is None else allowed[choice]
-            hits += ((choice == labels) & (largest < math.inf)).sum()  # max and argmax would choose a NaN
+            hits += right(logits, labels).sum()
     finally:
         for module, mode in modes:
             module.training = mode
     return int(hits) / counted
+
+
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest logit, on the last axis, is the label's; not if it is NaN or infinite."""
+    largest, choice = logits.max(-1)  # max would choose a NaN
+    return (choice == labels) & (largest < math.inf)
 
 
 def average_accuracy(matrix: Tensor) -> float:

@@ -8,6 +8,7 @@ come from.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -191,7 +192,7 @@ class SynapticIntelligence(_Relative):
         Raises:
             ValueError: the state of another kind of memory, or of none; the memory is then as it was.
         """
-        new = type(self)(0.0)
+        new = copy.copy(self)  # with what a subclass adds
         super(SynapticIntelligence, new).load_state_dict(state)
         damping, path = state["damping"], state["path"]
         if not (isinstance(damping, (int, float)) and 0 < damping < math.inf):
@@ -282,6 +283,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
                 several = model(x[:16])
                 if not isinstance(several, Tensor):
                     raise ValueError(f"The model returned a {type(several).__name__}: it must return one tensor.")
+                several = several.detach()
                 curvature.check_alone(model, x[:16], several)
             for part in x.split(chunk):
                 weights = {n: p.expand(len(part), *p.shape) for n, p in trainable.items()} if batched else trainable

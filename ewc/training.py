@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -23,9 +23,9 @@ from torch.utils.data import TensorDataset
 from . import _checkpoint, curvature
 from ._memories import Kronecker, Single, Stacked
 from .elastic import EWC
-from .fisher import _distributed, _progress, unwrap
+from .fisher import IGNORED, _add_over_processes, _distributed, _progress, unwrap
 from .kfac import KFAC
-from .metrics import accuracy
+from .metrics import accuracy, right
 from .relatives import SynapticIntelligence
 from .tasks import Task
 
@@ -204,12 +204,12 @@ def sweep(
     if not runs or len(seeds) != runs or len(memories) != runs:
         raise ValueError(f"sweep needs one seed and one memory (or None) per model, but got {runs} models, "
                          f"{len(seeds)} seeds and {len(memories)} memories.")
-    plans = [(repr(m), [(n, p.shape, p.requires_grad) for n, p in m.named_parameters()]) for m in models]
+    plans = list(map(_plan, models))
     for r, plan in enumerate(plans):
         if plan != plans[0]:
             raise ValueError(f"sweep trains models that differ in weights only, but models[{r}] has other layers, "
                              "settings or frozen parameters than models[0]; train them with fit.")
-    weights = [p for model in models for p in model.parameters()]
+    weights = [p for model in models for p in model.parameters() if p.requires_grad]
     if len(set(map(id, weights))) < len(weights):
         raise ValueError("sweep needs models with weights of their own, but two of these share; use copy.deepcopy.")
     kronecker = any(isinstance(m, KFAC) for m in memories)
@@ -233,7 +233,7 @@ def sweep(
             if name not in own or own[name].shape != star.shape:
                 raise ValueError(f"A memory holds a parameter {name!r} of shape {tuple(star.shape)} that the models do "
                                  "not have; use the models that were consolidated.")
-    _check(base, task, watch)
+    _check(base, task, watch, positions=False)
     x, y = task.train.tensors[0], task.train.tensors[1].long()
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
@@ -265,10 +265,11 @@ def sweep(
         with curvature.evaluating(base), torch.no_grad():
             for t in watch:
                 xt, yt = t.test.tensors
-                hits = sum((t.masked(logits(a, None), b).argmax(-1) == b).sum(1)
+                hits = sum(right(t.masked(logits(a, None), b), b).sum(1)
                            for a, b in zip(xt.split(1000), yt.split(1000)))
-                for row, hit in zip(rows, hits.tolist()):
-                    row[t.name] = hit / len(xt)
+                counted = (yt != IGNORED).sum()
+                for row, hit in zip(rows, (hits.double() / counted).tolist()):
+                    row[t.name] = hit
         return rows
 
     histories = [History() for _ in models]
@@ -317,7 +318,7 @@ def run(
         memory: the memory of the run, or a list of R of them; None for plain fine-tuning.
         checkpoint: a file that keeps the state after each finished task. If it exists, the run goes
             on after the last task in it and ends with the same numbers as if it had never stopped (with dropout or
-            drawn labels under ``torchrun``: in as many processes). It belongs to the tasks' names and sizes, the seed,
+            drawn labels under ``torchrun``: in as many processes; a generator that a memory was given is not kept). It belongs to the tasks' names and sizes, the seed,
             the options and the memory's options; of the networks only the shapes are compared.
         seed: fixes the order of the examples; one for each model.
         keep_moments: carry the optimiser's running means from task to task; False starts each task afresh.
@@ -342,8 +343,8 @@ def run(
     if many and len(tasks) > 2 and any(isinstance(m, KFAC) and m.keep == "each" for m in memories):
         raise ValueError("Many models train as a sweep, which needs K-FAC memories with one pair of factors: keep='pooled'.")
     for task in tasks:
-        for net in models[:1]:  # many must be alike, says `sweep`
-            _check(net, task)
+        if models:
+            _check(models[0], task)  # many must be alike, says `sweep`
         _check_data(task, "test", task.test)
     heads = [task.head if any(m is not None for m in memories) else None for task in tasks]  # one each, or refused
     chosen = {name: p.default for name, p in inspect.signature(fit).parameters.items()} | options
@@ -357,7 +358,11 @@ def run(
         for keep in memories:
             if keep is not None:
                 keep.to(tasks[0].device)  # the file was read to the CPU; the models move when they train
-    if path and done < len(tasks) and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+    unwritable = torch.zeros((), device=tasks[0].device if tasks else None)
+    if path and done < len(tasks) and not (_distributed() and dist.get_rank()):  # the others do not write
+        unwritable += path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)
+    _add_over_processes(unwritable)
+    if unwritable:
         raise ValueError(f"The checkpoint {str(path)!r} cannot be written; choose a file in a folder that exists and "
                          "that you may write to.")
     for i in range(done, len(tasks)):
@@ -389,10 +394,8 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
     _choose("penalty", penalty, ("pull", "gradient"))
     _choose("schedule", schedule, ("cosine", None))
     _choose("optimizer", optimizer, ("sgd", "adam"))
-    whole = ("batch_size", batch_size, 1), ("epochs", epochs, 0), ("steps", steps or 0, 0), ("every", every or 1, 1)
-    for what, value, least in whole:
-        if not (isinstance(value, Integral) and value >= least):
-            raise ValueError(f"{what} must be a whole number, at least {least}; got {value!r}.")
+    batch_size, epochs = _whole("batch_size", batch_size, 1), _whole("epochs", epochs, 0)
+    steps, every = (None if v is None else _whole(n, v, least) for n, v, least in (("steps", steps, 0), ("every", every, 1)))
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr must be a finite number, at least 0; got {lr!r}.")
     if optimizer == "sgd" and not 0 <= momentum < 1:
@@ -575,7 +578,7 @@ def _replayable(model: nn.Module, task: Task, memory, penalty: str, optimizer: s
 
 def _changed(memory, kind: type) -> bool:
     """Does this memory do in a way of its own what training does for ``kind`` without asking it?"""
-    ways = ("strength", "pull", "add_gradient")
+    ways = ("pull", "add_gradient", "strength") if isinstance(memory, kind) else ("pull", "add_gradient")
     return (any(getattr(type(memory), way, getattr(kind, way)) is not getattr(kind, way) for way in ways)
             or not {"pull", "add_gradient", "record"}.isdisjoint(getattr(memory, "__dict__", ())))
 
@@ -620,7 +623,15 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return rows if index.dim() == 1 else rows.unflatten(0, index.shape)
 
 
-def _check(model: nn.Module, task: Task, watch: Sequence[Task] = ()) -> None:
+def _plan(model: nn.Module) -> list:
+    """What models must have in common to be trained at once; of torch's own layers also the settings."""
+    layers = [(name, type(m), m.extra_repr() if m.__module__.startswith("torch.nn.modules") else "")
+              for name, m in model.named_modules() if not isinstance(m, (nn.ParameterList, nn.ParameterDict))]
+    return [*layers, *((n, p.shape, p.requires_grad) for n, p in model.named_parameters()),
+            *((n, b.shape) for n, b in model.named_buffers())]
+
+
+def _check(model: nn.Module, task: Task, watch: Sequence[Task] = (), positions: bool = True) -> None:
     """Says in words what would otherwise fail in the middle of the training, on a GPU for the whole process."""
     _check_data(task, "training", task.train)
     names = [t.name for t in watch]
@@ -629,10 +640,17 @@ def _check(model: nn.Module, task: Task, watch: Sequence[Task] = ()) -> None:
     x = task.train.tensors[0][:2]
     model = unwrap(model.to(x.device))
     with curvature.evaluating(model), torch.no_grad():
-        shape = tuple(model(x).shape)
-    if len(shape) < 2 or (task.heads and len(shape) > 2):
+        try:
+            logits = model(x)
+        except Exception:  # a model that asks for more examples, or for training mode; the training will tell
+            return
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"The model returned a {type(logits).__name__}; it must return the logits, one tensor.")
+    shape = tuple(logits.shape)
+    positions = positions and not task.heads
+    if len(shape) < 2 or (len(shape) > 2 and not positions):
         raise ValueError(f"The model returns shape {shape} for two examples; it must return logits of shape (examples, "
-                         f"classes){'' if task.heads else ' or (examples, classes, *positions)'}.")
+                         f"classes){' or (examples, classes, *positions)' if positions else ''}.")
     width = shape[1]
     if width < task.classes or (task.heads and width > task.classes):
         raise ValueError(f"The model has {width} outputs, but {task.name!r} has {task.classes} classes; give it one "
@@ -645,12 +663,23 @@ def _check_data(task: Task, what: str, data: TensorDataset) -> None:
         raise ValueError(f"{task.name!r} has no {what} example; give at least one.")
     if y.is_floating_point() or y.is_complex():
         raise ValueError(f"{task.name!r} has {what} labels of {y.dtype}; labels must be whole numbers: use y.long().")
-    low, high = torch.stack(y.long().aminmax()).tolist()
+    y = y.long() if task.heads else y.long()[y != IGNORED]  # which cross-entropy and `accuracy` skip
+    low, high = torch.stack(y.aminmax()).tolist() if len(y) else (0, 0)
     if low < 0 or high >= task.classes:
         raise ValueError(f"{task.name!r} has labels from {low} to {high}, but {task.classes} classes: they must lie "
                          f"between 0 and {task.classes - 1}.")
     if task.heads and (homeless := set(y.unique().tolist()).difference(*task.heads)):
         raise ValueError(f"{task.name!r} has {what} labels {sorted(homeless)}, but no head for them in {task.heads}.")
+
+
+def _whole(what: str, value, least: int) -> int:
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or whole < least:
+        raise ValueError(f"{what} must be a whole number, at least {least}; got {value!r}.")
+    return whole
 
 
 def _choose(what: str, value, allowed: tuple) -> None:

@@ -288,7 +288,7 @@ def _float64(label: str, value: Any, what: str, any_precision: bool = False) -> 
         elif array.dtype.kind != "f" or not (any_precision or dtype == "float64"):
             raise TypeError(
                 f"{label}: {name} is {dtype}; compare in float64 "
-                "(compute the whole check in double precision, not only its result; complex numbers part by part)."
+                "(compute the whole check in double precision, not only its result, and complex numbers part by part)."
             )
         items[key] = array.astype(np.float64, copy=False)
     if not any(array.size for array in items.values()):

@@ -1,10 +1,13 @@
 """Training: `fit` against a plain loop, `sweep` against `fit`, `run` against itself after a kill."""
 
 import copy
+import enum
 import math
 import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -907,7 +910,7 @@ def test_a_refused_checkpoint_changes_nothing(digits, tmp_path):
             training.run(model, [digits], memory, checkpoint=file, epochs=1)
         assert torch.equal(flat(model), before)
     torch.save([1, 2], file)
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="is not a checkpoint of .run."):
         training.run(net(digits), [digits], checkpoint=file, epochs=1)
 
 
@@ -1291,3 +1294,91 @@ def test_cuda_draws_a_new_dropout_at_every_replay(digits):
     losses = [training.fit(model, a, lr=0.0, epochs=80, batch_size=300).loss]
     losses += [h.loss for h in training.sweep(twins, a, lr=0.0, epochs=80, batch_size=300, seeds=[0, 0])]
     assert len({loss for row in losses for loss in row}) == 240
+
+
+def test_what_a_sweep_may_share_and_what_it_may_differ_in(digits):
+    """A frozen body, and what a layer of one's own says about itself."""
+
+    class Named(nn.Linear):
+        def extra_repr(self):
+            return f"{super().extra_repr()}, at {id(self)}"
+
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 12).requires_grad_(False), nn.ReLU())
+    models = [nn.Sequential(body, Named(12, 10)) for _ in range(2)]
+    twins = copy.deepcopy(models)
+    training.sweep(models, digits, seeds=[0, 1], epochs=1)
+    for seed, (model, twin) in enumerate(zip(models, twins)):
+        training.fit(twin, digits, seed=seed, epochs=1)
+        assert torch.allclose(flat(model), flat(twin), atol=1e-6)
+
+
+def test_a_memory_that_only_holds_springs_can_be_swept(digits):
+    class Holder:
+        strength = 5.0
+
+    model, twin, memory, holder = net(digits), net(digits), EWC(5.0), Holder()
+    memory.consolidate(model, digits.train[:50])
+    holder.fisher, holder.theta_star = memory.fisher, memory.theta_star
+    training.sweep([model], digits, seeds=[0], memories=[holder], epochs=1)
+    training.sweep([twin], digits, seeds=[0], memories=[memory], epochs=1)
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_labels_that_do_not_count_and_lost_networks_are_judged_alike(digits):
+    x, y = digits.test.tensors
+    marked = replace(digits, test=TensorDataset(x, torch.where(torch.arange(len(y)) < 20, -100, y)))
+    for task, break_it in ((marked, False), (digits, True)):
+        found = []
+        for train in (training.fit, lambda m, t, **o: training.sweep([m], t, seeds=[0], **o)[0]):
+            model = net(digits)
+            if break_it:
+                nn.init.constant_(model[-1].bias, math.nan)
+            found.append(train(model, task, steps=0, watch=[task]).accuracy)
+        assert found[0] == found[1] and found[0]["digits"][0] == metrics.accuracy(model, task)
+    training.run(net(digits), [marked], epochs=1)
+
+
+def test_whole_numbers_of_any_make(digits):
+    expected = net(digits)
+    training.fit(expected, digits, steps=3, batch_size=7)
+    for kind in (np.int64, torch.tensor):
+        model = net(digits)
+        training.fit(model, digits, steps=kind(3), batch_size=kind(7), every=kind(2), watch=[digits])
+        assert torch.equal(flat(model), flat(expected))
+    for number in (3.0, "3", -1):
+        with pytest.raises(ValueError, match="steps must be a whole number, at least 0"):
+            training.fit(net(digits), digits, steps=number)
+
+
+def test_what_a_checkpoint_is_compared_by_is_read_back(digits, tmp_path):
+    class Choice(str, enum.Enum):
+        SGD = "sgd"
+
+    model = net(digits)
+    first = training.run(model, [digits], checkpoint=tmp_path / "run.pt", epochs=1, optimizer=Choice.SGD)
+    again = training.run(net(digits), [digits], checkpoint=tmp_path / "run.pt", epochs=1, optimizer=Choice.SGD)
+    assert torch.equal(first, again)
+    # What changes no number: Adam has no momentum, and `steps` goes before `epochs`.
+    for name, one, other in (("adam", {"momentum": 0.5}, {"momentum": 0.9}), ("steps", {"epochs": 2}, {"epochs": 3})):
+        same = {"optimizer": "adam", "steps": 3, "checkpoint": tmp_path / f"{name}.pt"}
+        assert torch.equal(training.run(net(digits), [digits], **same, **one), training.run(net(digits), [digits], **same, **other))
+
+
+def test_a_model_that_asks_for_whole_batches_can_be_trained(digits):
+    class Rigid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.inner(x.view(20, 64))
+
+    training.fit(Rigid(), digits.take(60, 20), batch_size=20, epochs=1)
+    with pytest.raises(ValueError, match="returned a tuple"):
+        training.fit(nn.Sequential(nn.Flatten(), nn.LSTM(64, 10)), digits)
+
+
+def test_the_memories_can_be_imported_without_what_draws_the_data():
+    code = "import sys; sys.modules['matplotlib'] = sys.modules['PIL'] = None; from ewc import EWC"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
