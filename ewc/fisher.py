@@ -400,24 +400,42 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         if b is not None
     ]
     try:
-        for module in modules:  # not by `eval()`, which some models override to merge weights
-            module.training = False
+        _evaluate(modules)
         with torch.inference_mode(False), torch.enable_grad(), _full_precision(_layers.recurrent(model)):
             yield
     finally:
         for module, training, attributes, buffers in before:
-            for key in [key for key, value in vars(module).items() if isinstance(value, Tensor)]:
-                if key not in attributes:  # a tensor that the forward pass left in the module
-                    delattr(module, key)
-                else:
-                    setattr(module, key, attributes[key])
             module.training = training
+            if isinstance(module, torch.jit.ScriptModule):
+                for key, buffer in buffers.items():
+                    module._buffers[key] = buffer
+                continue
+            vars(module).clear()  # what the forward pass left there, too: caches and whether they are filled
+            vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, version, copy in contents:
                 if version is not None and buffer._version != version:
                     buffer.copy_(copy)
+
+
+def _evaluate(modules: list[nn.Module]) -> None:
+    """Eval mode; of what a model's own `train` does besides, all but changes of the weights, such as merged adapters."""
+    for module in modules:
+        module.training = False
+    for module in modules:
+        if type(module).train is nn.Module.train or isinstance(module, torch.jit.ScriptModule):
+            continue
+        weights = [(p, p.detach().clone()) for p in module.parameters()]
+        attributes = [(m, dict(vars(m))) for m in module.modules()]
+        module.train(False)
+        if not all(torch.equal(p, before) for p, before in weights):
+            for p, before in weights:
+                p.data.copy_(before)
+            for m, values in attributes:
+                vars(m).clear()
+                vars(m).update(values)
 
 
 @contextmanager

@@ -1607,3 +1607,132 @@ def test_autocast_inside_the_model():
     truth = brute_force(copy.deepcopy(model).double(), x.double(), y)
     for name, value in found.items():
         assert (value - truth[name]).norm() < 0.1 * truth[name].norm()
+
+
+def _captured(kind):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    scale = nn.Parameter(torch.rand(5) + 0.5)
+    model.register_parameter("scale", scale)
+    if kind == "hook":
+        model[0].register_forward_hook(lambda module, inputs, output: output * scale)
+    else:
+        inner = model[0].forward
+        model[0].forward = lambda x: inner(x) * scale
+    return model.double()
+
+
+@pytest.mark.parametrize("kind", ["hook", "closure"])
+def test_a_parameter_that_is_not_reached_through_its_module(kind):
+    """`functional_call` cannot swap it, so torch.func finds that nothing depends on it."""
+    torch.manual_seed(0)
+    model, x, y = _captured(kind), torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    scale = model.scale  # double() has replaced its contents, not the parameter
+    assert distance(fisher.diagonal(model, (x, y)), brute_force(model, x, y)) < 1e-10 and scale is model.scale
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("kind", ["mean", "largest"])
+def test_packed_tokens_that_a_mask_shares_out_again(kind, batch_size):
+    """Every operation keeps its rows in place; the shapes alone say that rows are tokens."""
+    torch.manual_seed(0)
+
+    def forward(m, x):
+        example, place = (x > 0).nonzero(as_tuple=True)
+        owner = F.one_hot(example, len(x)).T.bool().unsqueeze(-1)
+        h = m.inner(m.table(x[example, place])).tanh()
+        pooled = (owner * h).sum(1) if kind == "mean" else h.masked_fill(~owner, -2.0).amax(1)
+        return m.out(pooled)
+
+    model = Lambda(forward, table=nn.Embedding(20, 4), inner=nn.Linear(4, 5), out=nn.Linear(5, 3)).double()
+    lengths = [3, 3, *[2, 4] * 5]
+    x = torch.zeros(len(lengths), 6, dtype=torch.long)
+    for row, length in zip(x, lengths):
+        row[:length] = torch.randint(1, 20, (length,))
+    y = torch.randint(3, (len(x),))
+    assert distance(fisher.diagonal(model, (x, y), batch_size=batch_size), brute_force(model, x, y)) < 1e-10
+
+
+@pytest.mark.parametrize("seed", range(20, 24))
+def test_two_examples_out_of_order_are_always_told_apart(seed):
+    """Also where a logit more or less shifts the random numbers."""
+    torch.manual_seed(0)
+    model = Lambda(_sorted, inner=nn.Linear(4, 5), out=nn.Linear(5, seed)).double()
+    x = torch.randn(6, 4, 4, dtype=torch.float64)
+    x[:, 1, 0] = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    y = torch.randint(seed, (6,))
+    found = fisher.diagonal(model, (x, y), "empirical", batch_size=2)
+    parts = [brute_force(model, x[i : i + 2], y[i : i + 2], "empirical") for i in (0, 2, 4)]
+    assert distance(found, {n: sum(p[n] for p in parts) / 3 for n in found}) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_models_and_what_models_hide_in_themselves():
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.randint(3, (6,))
+    expected = fisher.diagonal(model, (x, y))
+    scripted = torch.jit.script(copy.deepcopy(model)).train()
+    assert distance(fisher.diagonal(scripted, (x, y)), expected) < 1e-5 and scripted.training
+
+    object.__setattr__(model, "alias", model[0].weight)  # hidden from named_parameters
+    keys = list(model.state_dict())
+    for _ in range(2):
+        assert list(fisher.diagonal(model, (x, y))) == list(expected)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_cache_that_is_filled_in_the_pass_is_empty_again_with_its_flag():
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.length, self.table = nn.Linear(4, 3), 0, None
+
+        def forward(self, x):
+            if self.length < x.shape[1]:
+                self.length, self.table = x.shape[1], torch.arange(x.shape[1]).to(x).cos()
+            return self.inner(x * self.table)
+
+    model, x = Rotary(), torch.randn(6, 4)
+    fisher.diagonal(model, (x, torch.randint(3, (6,))))
+    assert model.length == 0 and model.table is None
+    model(x)
+
+
+def test_a_model_that_is_random_by_a_switch_of_its_own_is_not_in_eval_mode():
+    class Noisy(nn.Linear):
+        noise = True
+
+        def train(self, mode=True):
+            self.noise = mode
+            return super().train(mode)
+
+        def forward(self, x):
+            return super().forward(x) + torch.randn(len(x), 3) * self.noise
+
+    model, x, y = Noisy(4, 3).train(), torch.randn(6, 4), torch.randint(3, (6,))
+    fisher.diagonal(model, (x, y))
+    assert model.noise and model.training
+
+
+def test_a_bias_of_rounding_is_no_reason_for_a_loop(monkeypatch):
+    """The mean that a normalisation takes away; a model that keeps its features cannot be copied just so."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.out = nn.Conv1d(2, 8, 3), nn.GroupNorm(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            self.features = self.norm(self.conv(x)).tanh()
+            return self.out(self.features.mean(2))
+
+    torch.manual_seed(0)
+    model, x, y = Keeps(), torch.randn(40, 2, 8), torch.randint(3, (40,))
+    looped, one_by_one = [], _layers.Engine._one_by_one
+
+    def counted(self, names, x, *rest):
+        looped.append(len(x) if names else 0)
+        return one_by_one(self, names, x, *rest)
+
+    monkeypatch.setattr(_layers.Engine, "_one_by_one", counted)
+    fisher.diagonal(model, (x, y))
+    assert max(looped) <= _layers.REHEARSED
