@@ -306,6 +306,21 @@ def _flat(model: nn.Module):
         tensors = {place: new.get(name, held) for place, (name, held) in where.items()}
         return functional_call(model, tensors, (x,), tie_weights=False)
 
+    def check_reached(x: Tensor) -> None:
+        """Refuses parameters that a hook or closure holds: no other tensor can be put in their place."""
+        with torch.enable_grad():
+            t = theta.clone().requires_grad_()
+            logits = logits_of(t, x)
+            v = torch.linspace(1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
+            (found,) = torch.autograd.grad(logits, t, v, allow_unused=True, materialize_grads=True)
+            real = torch.autograd.grad(model(x), list(trainable.values()), v, allow_unused=True, materialize_grads=True)
+        if not _agree(found, torch.cat([g.reshape(-1) for g in real])):
+            raise ValueError(
+                "Some parameters are reached other than through their modules (does a hook or a closure hold them?), so "
+                "their derivatives cannot be taken here; ewc.fisher can."
+            )
+
+    logits_of.check_reached = check_reached
     return theta, logits_of
 
 
@@ -362,6 +377,7 @@ def _usable(x: Tensor) -> Tensor:
 def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
     logits = check(logits_of(theta, x), len(x), y)
     check_alone(lambda one: logits_of(theta, one), x, logits)
+    logits_of.check_reached(x[:1])
     return logits
 
 
@@ -443,11 +459,14 @@ def _second_derivative(scalar, theta: Tensor) -> Tensor:
             return torch.autograd.grad(gradient, t, v, retain_graph=True)[0]
 
         direction = torch.linspace(1, 2, len(theta), dtype=theta.dtype, device=theta.device)
-        _, row = vjp(grad(scalar), theta)
-        hessian = vmap(lambda e: row(e)[0], chunk_size=64)(unit)
-        if not _agree(hessian.T @ direction, plain(direction)):
-            hessian = torch.stack([plain(e) for e in unit])
-    return hessian
+        try:
+            _, row = vjp(grad(scalar), theta)
+            hessian = vmap(lambda e: row(e)[0], chunk_size=64)(unit)
+            if _agree(hessian.T @ direction, plain(direction)):
+                return hessian
+        except RuntimeError:  # what it cannot do
+            pass
+        return torch.stack([plain(e) for e in unit])
 
 
 @contextmanager

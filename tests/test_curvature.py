@@ -444,3 +444,39 @@ def test_layers_for_which_torch_func_is_wrong(kind):
     first = flat(torch.autograd.grad(nn.functional.cross_entropy(model(x), y), theta, create_graph=True))
     H = torch.stack([flat(torch.autograd.grad(g, theta, retain_graph=True)) for g in first])
     torch.testing.assert_close(curvature.hessian(model, (x, y)), H)
+
+
+def test_an_operation_without_a_rule_for_torch_func():
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad * ctx.saved_tensors[0] ** 2
+
+    class Model(nn.Module):
+        def __init__(self, cube):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.cube = nn.Linear(4, 5), nn.Linear(5, 3), cube
+
+        def forward(self, x):
+            return self.b(self.cube(self.a(x)))
+
+    model, twin = Model(Cube.apply).double(), Model(lambda x: x**3).double()
+    data = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    for quantity in (curvature.hessian, curvature.gauss_newton, curvature.full_fisher, curvature.residual):
+        torch.testing.assert_close(quantity(model, data), quantity(twin, data))
+
+
+def test_a_parameter_that_a_hook_holds_is_refused():
+    model, scale = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.Parameter(torch.rand(5) + 0.5)
+    model.register_parameter("scale", scale)
+    model[0].register_forward_hook(lambda module, inputs, output: output * scale)
+    data = torch.randn(6, 4), torch.arange(6) % 3
+    for quantity in (curvature.hessian, curvature.gauss_newton, curvature.full_fisher, curvature.residual):
+        with pytest.raises(ValueError, match="reached other than through their modules"):
+            quantity(model, data)
