@@ -314,7 +314,7 @@ def _flat(model: nn.Module):
             v = torch.linspace(1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
             (found,) = torch.autograd.grad(logits, t, v, allow_unused=True, materialize_grads=True)
             real = torch.autograd.grad(model(x), list(trainable.values()), v, allow_unused=True, materialize_grads=True)
-        if not _agree(found, torch.cat([g.reshape(-1) for g in real])):
+        if not agree(found, torch.cat([g.reshape(-1) for g in real])):
             raise ValueError(
                 "Some parameters are reached other than through their modules (does a hook or a closure hold them?), so "
                 "their derivatives cannot be taken here; ewc.fisher can."
@@ -424,14 +424,14 @@ def _jacobian(logits_of, theta: Tensor, x: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # vmap has no rule for fused attention
         try:
             rows = vmap(lambda x_: jacrev(lambda t: logits_of(t, x_.unsqueeze(0)).squeeze(0))(theta))(x)
-            if all(_agree(rows[n], plain(x[n])) for n in {0, len(x) - 1}):
+            if all(agree(rows[n], plain(x[n])) for n in {0, len(x) - 1}):
                 return rows
         except RuntimeError:  # what it cannot do, or what the model cannot: autograd says which
             pass
         return torch.stack([plain(x_) for x_ in x])
 
 
-def _agree(found: Tensor, truth: Tensor) -> bool:
+def agree(found: Tensor, truth: Tensor) -> bool:
     return bool(torch.dist(found, truth) <= TOLERANCE.get(truth.dtype, 0.2) * truth.norm())
 
 
@@ -462,7 +462,7 @@ def _second_derivative(scalar, theta: Tensor) -> Tensor:
         try:
             _, row = vjp(grad(scalar), theta)
             hessian = vmap(lambda e: row(e)[0], chunk_size=64)(unit)
-            if _agree(hessian.T @ direction, plain(direction)):
+            if agree(hessian.T @ direction, plain(direction)):
                 return hessian
         except RuntimeError:  # what it cannot do
             pass

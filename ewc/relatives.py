@@ -265,9 +265,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
 
     def size(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         tensors = {place: parameters.get(name, held) for place, (name, held) in places.items()}
-        outputs = functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False)
-        chosen = class_index(classes, outputs, least=1)
-        return (outputs if chosen is None else outputs[:, chosen]).square().sum()
+        return _chosen(functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False), classes).square().sum()
 
     total = {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in trainable.items()
@@ -285,6 +283,8 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
                     raise ValueError(f"The model returned a {type(several).__name__}: it must return one tensor.")
                 several = several.detach()
                 curvature.check_alone(model, x[:16], several)
+                alone = grad(size)(trainable, x[0])
+                _check_reached(model, lambda z: _chosen(z, classes).square().sum(), x[:1], alone)
             for part in x.split(chunk):
                 weights = {n: p.expand(len(part), *p.shape) for n, p in trainable.items()} if batched else trainable
                 for name, g in vmap(grad(size), in_dims=(0 if batched else None, 0))(weights, part).items():
@@ -294,3 +294,20 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     if not count:
         raise ValueError("The data holds no example: the importances are means over at least one.")
     return {name: value / count for name, value in total.items()}
+
+
+def _chosen(outputs: Tensor, classes: Sequence[int] | None) -> Tensor:
+    index = class_index(classes, outputs, least=1)
+    return outputs if index is None else outputs[:, index]
+
+
+def _check_reached(model: nn.Module, size, x: Tensor, found: dict[str, Tensor]) -> None:
+    """Refuses parameters that a hook or closure holds: no other tensor can be put in their place."""
+    own = [p for name, p in model.named_parameters() if name in found]
+    with torch.enable_grad():
+        real = torch.autograd.grad(size(model(x)), own, allow_unused=True, materialize_grads=True)
+    if not curvature.agree(torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in real])):
+        raise ValueError(
+            "Some parameters are reached other than through their modules (does a hook or a closure hold them?), so their "
+            "derivatives cannot be taken here; use EWC."
+        )

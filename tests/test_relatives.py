@@ -559,3 +559,13 @@ def test_mas_refuses_a_model_without_an_answer_for_each_example(rest):
     with pytest.raises(ValueError, match="mixes the examples of a batch .* or is random in eval mode"):
         memory.consolidate(Mixing(3, 2).double(), batch())
     assert not memory.tasks
+
+
+def test_mas_refuses_a_parameter_that_a_hook_holds():
+    model, scale = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.Parameter(torch.rand(5) + 0.5)
+    model.register_parameter("scale", scale)
+    model[0].register_forward_hook(lambda module, inputs, output: output * scale)
+    memory = MemoryAwareSynapses(1.0)
+    with pytest.raises(ValueError, match="reached other than through their modules"):
+        memory.consolidate(model, (torch.randn(6, 4), torch.arange(6) % 3))
+    assert memory.tasks == 0
