@@ -306,21 +306,15 @@ def _flat(model: nn.Module):
         tensors = {place: new.get(name, held) for place, (name, held) in where.items()}
         return functional_call(model, tensors, (x,), tie_weights=False)
 
-    def check_reached(x: Tensor) -> None:
-        """Refuses parameters that a hook or closure holds: no other tensor can be put in their place."""
+    def check_weights(x: Tensor) -> None:
         with torch.enable_grad():
             t = theta.clone().requires_grad_()
             logits = logits_of(t, x)
             v = torch.linspace(1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
             (found,) = torch.autograd.grad(logits, t, v, allow_unused=True, materialize_grads=True)
-            real = torch.autograd.grad(model(x), list(trainable.values()), v, allow_unused=True, materialize_grads=True)
-        if not agree(found, torch.cat([g.reshape(-1) for g in real])):
-            raise ValueError(
-                "Some parameters are reached other than through their modules (does a hook or a closure hold them?), so "
-                "their derivatives cannot be taken here; ewc.fisher can."
-            )
+            check_reached(found, (model(x) * v).sum(), list(trainable.values()))
 
-    logits_of.check_reached = check_reached
+    logits_of.check_weights = check_weights
     return theta, logits_of
 
 
@@ -377,7 +371,7 @@ def _usable(x: Tensor) -> Tensor:
 def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
     logits = check(logits_of(theta, x), len(x), y)
     check_alone(lambda one: logits_of(theta, one), x, logits)
-    logits_of.check_reached(x[:1])
+    logits_of.check_weights(x[:1])
     return logits
 
 
@@ -410,6 +404,19 @@ def check_alone(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) ->
         raise ValueError(
             "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
             "normalisation without running statistics?) or is random in eval mode, so it has no curvature per example."
+        )
+
+
+def check_reached(found: Tensor, value: Tensor, parameters: list[nn.Parameter]) -> None:
+    """Refuses parameters that a hook or closure holds: no other tensor can be put in their place.
+
+    Then ``found``, the flat gradient of ``value`` by what was put there, is not that by the parameters themselves.
+    """
+    real = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    if not agree(found, torch.cat([g.reshape(-1) for g in real])):
+        raise ValueError(
+            "Some parameters are reached other than through their modules (does a hook or a closure hold them?), so their "
+            "derivatives cannot be taken here; ewc.fisher and EWC can."
         )
 
 

@@ -284,7 +284,10 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
                 several = several.detach()
                 curvature.check_alone(model, x[:16], several)
                 alone = grad(size)(trainable, x[0])
-                _check_reached(model, lambda z: _chosen(z, classes).square().sum(), x[:1], alone)
+                with torch.enable_grad():
+                    own = [p for name, p in model.named_parameters() if name in trainable]
+                    value = _chosen(model(x[:1]), classes).square().sum()
+                    curvature.check_reached(torch.cat([g.flatten() for g in alone.values()]), value, own)
             for part in x.split(chunk):
                 weights = {n: p.expand(len(part), *p.shape) for n, p in trainable.items()} if batched else trainable
                 for name, g in vmap(grad(size), in_dims=(0 if batched else None, 0))(weights, part).items():
@@ -299,15 +302,3 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
 def _chosen(outputs: Tensor, classes: Sequence[int] | None) -> Tensor:
     index = class_index(classes, outputs, least=1)
     return outputs if index is None else outputs[:, index]
-
-
-def _check_reached(model: nn.Module, size, x: Tensor, found: dict[str, Tensor]) -> None:
-    """Refuses parameters that a hook or closure holds: no other tensor can be put in their place."""
-    own = [p for name, p in model.named_parameters() if name in found]
-    with torch.enable_grad():
-        real = torch.autograd.grad(size(model(x)), own, allow_unused=True, materialize_grads=True)
-    if not curvature.agree(torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in real])):
-        raise ValueError(
-            "Some parameters are reached other than through their modules (does a hook or a closure hold them?), so their "
-            "derivatives cannot be taken here; use EWC."
-        )
