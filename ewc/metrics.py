@@ -75,14 +75,14 @@ def accuracy(
                 logits = logits.masked_fill(elsewhere, -math.inf)
             elif isinstance(data, Task):
                 logits = data.masked(logits, labels)
-            hits += right(logits, labels).sum()
+            hits += _right(logits, labels).sum()
     finally:
         for module, mode in modes:
             module.training = mode
     return int(hits) / counted
 
 
-def right(logits: Tensor, labels: Tensor) -> Tensor:
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether the largest logit, on the last axis, is the label's; not if it is NaN or infinite."""
     largest, choice = logits.max(-1)  # max would choose a NaN
     return (choice == labels) & (largest < math.inf)

@@ -25,7 +25,7 @@ from ._memories import Kronecker, Single, Stacked
 from .elastic import EWC
 from .fisher import IGNORED, _add_over_processes, _distributed, _progress, unwrap
 from .kfac import KFAC
-from .metrics import accuracy, right
+from .metrics import _right, accuracy
 from .relatives import SynapticIntelligence
 from .tasks import Task
 
@@ -265,7 +265,7 @@ def sweep(
         with curvature.evaluating(base), torch.no_grad():
             for t in watch:
                 xt, yt = t.test.tensors
-                hits = sum(right(t.masked(logits(a, None), b), b).sum(1)
+                hits = sum(_right(t.masked(logits(a, None), b), b).sum(1)
                            for a, b in zip(xt.split(1000), yt.split(1000)))
                 counted = (yt != IGNORED).sum()
                 for row, hit in zip(rows, (hits.double() / counted).tolist()):
