@@ -172,6 +172,9 @@ class EWC:
     def penalty(self, model: nn.Module) -> Tensor:
         r"""The value :math:`\tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2`, a scalar with a gradient.
 
+        ``DistributedDataParallel(find_unused_parameters=True)`` counts the weights of a head that is not in use as finished
+        after the forward pass and refuses this gradient for them; there use `add_gradient` or `pull`.
+
         Args:
             model: the network being trained; its parameters are matched by name.
 
@@ -182,8 +185,7 @@ class EWC:
         """
         model = _fisher.unwrap(model)
         if not self.tasks:
-            first = next(model.parameters(), torch.zeros(()))
-            return torch.zeros((), device=first.device, dtype=first.dtype)
+            return nothing(model)
         parameters, match = self._beside(model)
         return self.strength * (_Quadratic.apply(*match.fisher, *match.star, *parameters) + self.constant)
 
@@ -191,7 +193,8 @@ class EWC:
     def add_gradient(self, model: nn.Module) -> None:
         r"""Adds the penalty's gradient :math:`\lambda F_i (\theta_i - \theta^*_i)` to every ``.grad``.
 
-        The same as ``penalty(model).backward()``, without building a graph.
+        The same as ``penalty(model).backward()``, without building a graph. With a ``GradScaler`` call it after
+        ``scaler.unscale_(optimizer)``: it adds the gradient of the penalty itself.
 
         Raises:
             ValueError: parameters missing, of another shape or on another device.
@@ -378,6 +381,12 @@ class EWC:
         return found
 
 
+def nothing(model: nn.Module) -> Tensor:
+    """The penalty before the first task: zero, with a gradient of zero, so that a loop can treat all tasks alike."""
+    first = next((p for p in model.parameters() if p.requires_grad), torch.zeros(()))
+    return first.flatten()[:0].sum()
+
+
 class _Quadratic(torch.autograd.Function):
     """½ Σ F (θ − θ*)² of lists of tensors (F..., θ*..., θ...): one node instead of three for every parameter."""
 
@@ -425,6 +434,7 @@ class _Match:
         self.kinds = _kinds(parameters)
         self.used = [i for i, p in enumerate(parameters) if p.requires_grad]
         self.alike = all(p.dtype == s.dtype == f.dtype for p, s, f in zip(parameters, self.star, self.fisher))
+        self.alike = self.alike and len({f.dtype for f in self.fisher}) < 2  # `springs` has one buffer for all
 
     def holds(self, memory: EWC, parameters: list[Tensor]) -> bool:
         """Is every stored tensor still the same, in the same place, and each parameter of the same kind?"""

@@ -420,13 +420,32 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's own mode, and what a `train` of its own had set."""
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    attributes = [(m, dict(vars(m))) for module in _with_own_train(modules) for m in module.modules()]
+    try:
+        _evaluate(modules)
+        yield
+    finally:
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _with_own_train(modules: list[nn.Module]) -> list[nn.Module]:
+    return [m for m in modules if type(m).train is not nn.Module.train and not isinstance(m, torch.jit.ScriptModule)]
+
+
 def _evaluate(modules: list[nn.Module]) -> None:
     """Eval mode; of what a model's own `train` does besides, all but changes of the weights, such as merged adapters."""
     for module in modules:
         module.training = False
-    for module in modules:
-        if type(module).train is nn.Module.train or isinstance(module, torch.jit.ScriptModule):
-            continue
+    for module in _with_own_train(modules):
         weights = [(p, p.detach().clone()) for p in module.parameters()]
         attributes = [(m, dict(vars(m))) for m in module.modules()]
         module.train(False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ewc.fisher import IGNORED, class_index
+from ewc.fisher import IGNORED, class_index, evaluating
 from ewc.tasks import Task
 
 
@@ -56,10 +56,8 @@ def accuracy(
         raise ValueError("accuracy() needs at least one class to choose from; classes=None allows all.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     hits, elsewhere = 0, None
-    try:
+    with evaluating(model):
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(images)
             if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != labels.shape:
@@ -76,9 +74,6 @@ def accuracy(
             elif isinstance(data, Task):
                 logits = data.masked(logits, labels)
             hits += _right(logits, labels).sum()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return int(hits) / counted
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ewc import curvature
 from ewc._layers import recurrent
 from ewc.elastic import EWC
-from ewc.fisher import _add_over_processes, class_index, unwrap
+from ewc.fisher import _add_over_processes, _full_precision, class_index, unwrap
 
 __all__ = ["L2", "MemoryAwareSynapses", "SynapticIntelligence"]
 
@@ -88,7 +88,8 @@ class SynapticIntelligence(_Relative):
     minimum by gradient flow, gives ω → κ for ξ → 0, so λ means what it means for EWC.
 
     **Contract with the training loop**: call :meth:`record` once for every step, after ``backward()`` of the
-    task's loss alone and before anything else (the penalty's gradient, the optimiser's step, the pull)::
+    task's loss alone (with a ``GradScaler`` after ``scaler.unscale_(optimizer)``) and before anything else (the
+    penalty's gradient, the optimiser's step, the pull)::
 
         loss.backward()
         memory.record(model)
@@ -142,6 +143,7 @@ class SynapticIntelligence(_Relative):
                 gradient.zero_()
             else:
                 gradient.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+                gradient.nan_to_num_(0.0, 0.0, 0.0)  # of a step that is not taken, as a GradScaler decides
 
     def _close(self, name: str, p: Tensor, work: Tensor) -> None:
         """Credits the move since the last record with the fall promised there."""
@@ -156,7 +158,7 @@ class SynapticIntelligence(_Relative):
 
         Raises:
             ValueError: no step was recorded since the last consolidation, a model that is not the recorded one, or
-                weights or gradients that are not finite. The memory is then as it was.
+                weights that are not finite. The memory is then as it was.
         """
         if not self._path["begin"]:
             raise ValueError(
@@ -175,11 +177,16 @@ class SynapticIntelligence(_Relative):
             gained[name] = (2 * work / (moved.square() + self.damping)).clamp(min=0)
             if not gained[name].isfinite().all():
                 raise ValueError(
-                    f"The importance of {name!r} is not finite, as the weights, or gradients on their path, are not; go "
+                    f"The importance of {name!r} is not finite, as the weights, now or on their path, are not; go "
                     "back to sound weights, and if that is not enough, to a memory saved before."
                 )
         super().consolidate(model, fisher=gained)
         self._path = {key: {} for key in self._path}
+
+    def __getstate__(self) -> dict:
+        # A copy walks a path of its own, which is written in place.
+        path = {key: {name: t.clone() for name, t in named.items()} for key, named in self._path.items()}
+        return super().__getstate__() | {"_path": path}
 
     def state_dict(self) -> dict:
         """Importances and anchor, and the path of a task under way."""
@@ -255,6 +262,7 @@ class MemoryAwareSynapses(_Relative):
         super().consolidate(model, fisher=_sensitivity(unwrap(model), data, classes))
 
 
+@torch.inference_mode(False)
 def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[str, Tensor]:
     """E|∂‖f‖²/∂θ| of every trainable parameter."""
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -274,20 +282,20 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once
     batched = recurrent(model)
     several = None
-    with curvature.evaluating(model):
+    exact = _full_precision(batched)
+    with torch.enable_grad(), exact, curvature.evaluating(model):
         for x, _ in curvature.batches(data, max(16, chunk)):
             x = curvature.like(x, first)
             if several is None:  # once: do the first few examples come out as they do alone?
-                several = model(x[:16])
+                with torch.no_grad():
+                    several = model(x[:16])
                 if not isinstance(several, Tensor):
                     raise ValueError(f"The model returned a {type(several).__name__}: it must return one tensor.")
-                several = several.detach()
                 curvature.check_alone(model, x[:16], several)
                 alone = grad(size)(trainable, x[0])
-                with torch.enable_grad():
-                    own = [p for name, p in model.named_parameters() if name in trainable]
-                    value = _chosen(model(x[:1]), classes).square().sum()
-                    curvature.check_reached(torch.cat([g.flatten() for g in alone.values()]), value, own)
+                own = [p for name, p in model.named_parameters() if name in trainable]
+                value = _chosen(model(x[:1]), classes).square().sum()
+                curvature.check_reached(torch.cat([g.flatten() for g in alone.values()]), value, own)
             for part in x.split(chunk):
                 weights = {n: p.expand(len(part), *p.shape) for n, p in trainable.items()} if batched else trainable
                 for name, g in vmap(grad(size), in_dims=(0 if batched else None, 0))(weights, part).items():

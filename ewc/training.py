@@ -9,7 +9,8 @@ import inspect
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.data import TensorDataset
 
 from . import _checkpoint, curvature
+from ._layers import recurrent
 from ._memories import Kronecker, Single, Stacked
 from .elastic import EWC
 from .fisher import IGNORED, _add_over_processes, _distributed, _progress, unwrap
@@ -116,7 +119,9 @@ def fit(
     _check(model, task, watch)
     x, y = task.train.tensors[0], task.train.tensors[1].long()
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    net = model
+    if world > 1 and not isinstance(model, nn.parallel.DistributedDataParallel):
+        net = nn.parallel.DistributedDataParallel(model, find_unused_parameters=_idle(model, x))
 
     def loss_of(batch: Tensor, parameters: dict[str, Tensor] | None) -> Tensor:
         mine = batch[rank::world]
@@ -135,7 +140,7 @@ def fit(
         return [{t.name: accuracy(model, t) for t in watch}]
 
     history = History()
-    with curvature.evaluating(model):  # for the modes afterwards
+    with _modes_kept([model]):
         _loop(
             parameters={k: p for k, p in unwrap(model).named_parameters() if p.requires_grad},
             buffers=list(model.buffers()),
@@ -195,8 +200,8 @@ def sweep(
         NonFiniteLoss: as for `fit`; names the run as well. All models are left with the last
             weights at which every loss was finite.
         ValueError: lists of different lengths, networks of different layers or that share weights, a memory of other
-            networks or with a pull of its own, what `fit` refuses, or K-FAC memories with several pairs of factors,
-            beside others, for another optimiser or penalty, or with frozen parameters.
+            networks or with a pull of its own, recurrent layers, what `fit` refuses, or K-FAC memories with several
+            pairs of factors, beside others, for another optimiser or penalty, or with frozen parameters.
     """
     models = [unwrap(model) for model in models]
     runs = len(models)
@@ -212,6 +217,8 @@ def sweep(
     weights = [p for model in models for p in model.parameters() if p.requires_grad]
     if len(set(map(id, weights))) < len(weights):
         raise ValueError("sweep needs models with weights of their own, but two of these share; use copy.deepcopy.")
+    if recurrent(models[0]):
+        raise ValueError("sweep cannot stack recurrent layers, for which torch.func has no rule; train these with fit.")
     kronecker = any(isinstance(m, KFAC) for m in memories)
     if any(m is not None and _changed(m, KFAC if isinstance(m, KFAC) else EWC) for m in memories):
         raise ValueError("sweep pulls as EWC and KFAC do, but a memory has a pull, an add_gradient or a strength of "
@@ -235,11 +242,13 @@ def sweep(
                                  "not have; use the models that were consolidated.")
     _check(base, task, watch, positions=False)
     x, y = task.train.tensors[0], task.train.tensors[1].long()
-    modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
-        model.to(x.device).train()  # all of them in one mode, as stacking asks
+        model.to(x.device)
     places = {place: name for place, (name, _) in curvature.places(base).items()}
-    stacked, buffers = stack_module_state(list(models))
+    with _modes_kept(models):
+        for model in models:
+            model.train()  # all of them in one mode, as stacking asks
+        stacked, buffers = stack_module_state(models)
     linear = {id(m.weight) for m in base.modules() if type(m) is nn.Linear}
     for name, p in own.items():
         if id(p) in linear:  # as a batched product lays out its gradient: autograd would copy any other into this shape
@@ -273,21 +282,24 @@ def sweep(
         return rows
 
     histories = [History() for _ in models]
+    stack = Kronecker if kronecker else Stacked
     try:
-        _loop(
-            parameters=trained,
-            buffers=list(buffers.values()),
-            loss_of=loss_of,
-            evaluate=evaluate,
-            orders=_orders([seeds[0]] if shared else seeds, len(x), x.device, stacked=not shared),
-            size=len(x),
-            histories=histories,
-            modules=[base],
-            memory=None if all(m is None for m in memories) else (Kronecker if kronecker else Stacked)(trained, memories),
-            epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
-            schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments, world=1,
-            graph=_has_graphs(x.device) and _replayable(base, task, None, penalty, optimizer),  # stacked memories are plain
-        )
+        with _modes_kept([base]):
+            _loop(
+                parameters=trained,
+                buffers=list(buffers.values()),
+                loss_of=loss_of,
+                evaluate=evaluate,
+                orders=_orders([seeds[0]] if shared else seeds, len(x), x.device, stacked=not shared),
+                size=len(x),
+                histories=histories,
+                modules=[base],
+                memory=None if all(m is None for m in memories) else stack(trained, memories),
+                epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum,
+                schedule=schedule, penalty=penalty, every=every, watched=bool(watch), moments=moments, world=1,
+                # Stacked memories are plain.
+                graph=_has_graphs(x.device) and _replayable(base, task, None, penalty, optimizer),
+            )
     finally:
         with torch.no_grad():
             for r, model in enumerate(models):
@@ -295,8 +307,6 @@ def sweep(
                     p.copy_(stacked[name][r])
                 for name, b in model.named_buffers():
                     b.copy_(buffers[name][r])
-        for module, mode in modes:
-            module.training = mode
     return histories
 
 
@@ -318,8 +328,9 @@ def run(
         memory: the memory of the run, or a list of R of them; None for plain fine-tuning.
         checkpoint: a file that keeps the state after each finished task. If it exists, the run goes
             on after the last task in it and ends with the same numbers as if it had never stopped (with dropout or
-            drawn labels under ``torchrun``: in as many processes; a generator that a memory was given is not kept). It belongs to the tasks' names and sizes, the seed,
-            the options and the memory's options; of the networks only the shapes are compared.
+            drawn labels under ``torchrun``: in as many processes; a generator that a memory was given is not kept). It belongs to the tasks' names,
+            sizes, heads and data, the seed, the options and the memory's options; of the networks only the shapes are
+            compared.
         seed: fixes the order of the examples; one for each model.
         keep_moments: carry the optimiser's running means from task to task; False starts each task afresh.
         **options: passed to `fit` or `sweep`.
@@ -330,8 +341,8 @@ def run(
 
     Raises:
         ValueError: the checkpoint belongs to another run, or cannot be written where it is to be; one seed or memory
-            for several models; K-FAC memories that keep each task's factors, for several models and more than two
-            tasks; a task that cannot be learnt or tested, also a later one.
+            for several models, or one memory twice; K-FAC memories that keep each task's factors, for several models and
+            more than two tasks; a task that cannot be learnt or tested, also a later one.
     """
     many = isinstance(model, (list, tuple))
     models = list(model) if many else [model]
@@ -339,6 +350,10 @@ def run(
         if many and not isinstance(given, Sequence) and (what == "seed" or given is not None):
             raise ValueError(f"{len(models)} models need a list of one {what} each; got {given!r}.")
     memories = list(memory) if many and memory is not None else [memory] * len(models)
+    own = [id(m) for m in memories if m is not None]
+    if len(set(own)) < len(own):
+        raise ValueError("Every model needs a memory of its own, which is consolidated with it, but two of these are one; "
+                         "use copy.deepcopy.")
     seeds = list(seed) if many else [seed]
     if many and len(tasks) > 2 and any(isinstance(m, KFAC) and m.keep == "each" for m in memories):
         raise ValueError("Many models train as a sweep, which needs K-FAC memories with one pair of factors: keep='pooled'.")
@@ -381,6 +396,16 @@ def run(
     return matrix if many else matrix[0]
 
 
+@contextmanager
+def _modes_kept(models: Sequence[nn.Module]) -> Iterator[None]:
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 # The loop that `fit` and `sweep` share.
 
 
@@ -417,7 +442,12 @@ def _loop(*, parameters: dict[str, Tensor], buffers: list[Tensor], loss_of: Call
     if moments:
         flat = [(n, m) for n, own in moments.items() for m in own.values()]
         if any(n not in parameters or (m.dim() and m.shape != parameters[n].shape) for n, m in flat):
-            raise ValueError("These moments belong to other parameters; give every run an empty dict of its own.")
+            raise ValueError("These moments belong to other parameters, or to some that are frozen by now; give every run an "
+                             "empty dict of its own, and remove the entries of what you freeze.")
+        mean = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
+        if any(mean not in own for own in moments.values() if own):
+            raise ValueError(f"These moments are another optimiser's than {optimizer!r}; give every run an empty dict of its "
+                             "own.")
         # A copy: the optimiser writes into its state. It lies in memory as the parameters do, since the fused step
         # goes through all of them in one order. The rate is this run's, not the last one's.
         state = {i: {key: torch.empty_like(p).copy_(m) if m.dim() else m.clone() for key, m in moments[n].items()}
@@ -617,6 +647,14 @@ def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool
     return order
 
 
+def _idle(model: nn.Module, x: Tensor) -> bool:
+    """Has a weight that is trained no part in the output, such as one of a head that is not in use?"""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with curvature.evaluating(model), torch.enable_grad():
+        output = model(x[:2])
+    return any(g is None for g in torch.autograd.grad(output.sum(), weights, allow_unused=True))
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]``; on a CPU faster than that."""
     rows = x.index_select(0, index.flatten())
@@ -625,7 +663,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _plan(model: nn.Module) -> list:
     """What models must have in common to be trained at once; of torch's own layers also the settings."""
-    layers = [(name, type(m), m.extra_repr() if m.__module__.startswith("torch.nn.modules") else "")
+    layers = [(name, type_before_parametrizations(m), m.extra_repr() if m.__module__.startswith("torch.nn.modules") else "")
               for name, m in model.named_modules() if not isinstance(m, (nn.ParameterList, nn.ParameterDict))]
     return [*layers, *((n, p.shape, p.requires_grad) for n, p in model.named_parameters()),
             *((n, b.shape) for n, b in model.named_buffers())]

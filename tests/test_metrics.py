@@ -1,5 +1,6 @@
 """Metrics against sums written out by hand and loops over single images."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -169,3 +170,48 @@ def test_a_matrix_may_be_a_list():
     rows = [[1, 0], [0, 1]]  # whole numbers, too
     assert metrics.average_accuracy(rows) == 0.5
     assert metrics.backward_transfer(rows) == -1 and metrics.forgetting(rows) == 1
+
+
+class Merged(nn.Linear):
+    """A low-rank adapter that merges into the weight in `eval`, as adapter libraries write it."""
+
+    def __init__(self):
+        super().__init__(64, 10)
+        self.low, self.merged = nn.Parameter(torch.ones(10, 64)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += self.low.data if not mode else -self.low.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.low.T
+
+
+def test_accuracy_leaves_adapters_as_they_were(task):
+    model = Merged()
+    before = copy.deepcopy(model.state_dict())
+    found = metrics.accuracy(model, task)
+    assert model.training and not model.merged
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert metrics.accuracy(model.eval(), task) == found and model.merged
+
+
+def test_accuracy_is_that_of_eval_mode_also_where_train_is_the_models_own(task):
+    class Noisy(nn.Linear):
+        sampling = True
+
+        def train(self, mode=True):
+            self.sampling = mode
+            return super().train(mode)
+
+        def forward(self, x):
+            assert not self.sampling
+            return super().forward(x.flatten(1))
+
+    model = Noisy(64, 10)
+    metrics.accuracy(model, task)
+    assert model.sampling and model.training

@@ -569,3 +569,50 @@ def test_mas_refuses_a_parameter_that_a_hook_holds():
     with pytest.raises(ValueError, match="reached other than through their modules"):
         memory.consolidate(model, (torch.randn(6, 4), torch.arange(6) % 3))
     assert memory.tasks == 0
+
+
+def test_si_passes_over_the_steps_that_a_gradient_scaler_skips():
+    """Their gradients overflow, and the weights stay."""
+    paths = []
+    for overflows in (False, True):
+        model, memory = Weights([3.0, 0.0]), SynapticIntelligence(1.0)
+        for step in range(6):
+            loss = (model.theta - 1).square().sum()
+            loss.backward()
+            if overflows and step in (0, 3):
+                good = model.theta.grad.clone()
+                for bad in (torch.inf, -torch.inf, torch.nan):
+                    model.theta.grad[step % 2] = bad
+                    memory.record(model)  # and no step is taken
+                model.theta.grad = good
+            memory.record(model)
+            model.theta.data.add_(model.theta.grad, alpha=-0.1)
+            model.theta.grad = None
+        memory.consolidate(model)
+        paths.append(memory.fisher["theta"])
+    assert paths[0].gt(0).all()
+    close(paths[1], paths[0])
+
+
+def test_a_copy_of_synaptic_intelligence_walks_its_own_way():
+    model, memory = Weights([3.0, 0.0]), SynapticIntelligence(1.0)
+    descend(model, lambda theta: theta.square().sum(), memory, 0.05, 2)
+    kept = copy.deepcopy(memory.state_dict())
+    other = copy.copy(memory)
+    descend(model, lambda theta: theta.square().sum(), other, 0.05, 2)
+    assert same(memory.state_dict(), kept) and not same(other.state_dict(), kept)
+
+
+def test_mas_in_inference_mode_and_under_autocast():
+    model, (x, y) = network(), batch()
+    model, x = model.float(), x.float()
+    memories = []
+    for outside in (torch.enable_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        memory = MemoryAwareSynapses(1.0)
+        with outside:
+            memory.consolidate(model, (x, y))
+        memories.append(memory)
+        memory.penalty(model).backward()
+    for memory in memories[1:]:
+        for name, value in memory.fisher.items():
+            assert torch.equal(value, memories[0].fisher[name])

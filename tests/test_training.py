@@ -423,6 +423,11 @@ def test_run_refuses_a_foreign_or_broken_checkpoint(digits, letters, tmp_path):
         training.run(net(digits), [digits], checkpoint=file, epochs=1)
 
 
+def relabelled(task):
+    x, y = task.train.tensors
+    return replace(task, train=TensorDataset(x, y.flip(0)))
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(digits, tmp_path):
     file, pair = tmp_path / "run.pt", [digits, tasks.permuted(digits, 1)]
     options = {"epochs": 1, "lr": 0.05}
@@ -437,6 +442,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(digits
         ({"keep_moments": True}, "keep_moments is False there"),
         ({"tasks": shorter}, r"training examples is \[300, 300\] there and \[300, 200\] here"),
         ({"tasks": [pair[0], pair[1].take(300, 9)]}, "test examples"),
+        ({"tasks": [replace(pair[0], heads=[tuple(range(10))]), pair[1]]}, "heads of task 0"),
+        ({"tasks": [relabelled(pair[0]), pair[1]]}, "checksum of task 0"),
+        ({"tasks": [pair[0], replace(tasks.permuted(digits, 2), name=pair[1].name)]}, "checksum of task 1"),
         ({"memory": EWC(5.0)}, "strength of memory 0 is 50.0 there and 5.0 here"),
         ({"memory": EWC(50.0, estimator="sampled")}, "estimator of memory 0 is 'exact' there"),
         ({"memory": EWC(50.0, anchors="each")}, "anchors of memory 0"),
@@ -508,6 +516,34 @@ def test_sweep_refuses_what_it_cannot_stack(digits):
     memory = relatives.SynapticIntelligence(strength=1.0)
     with pytest.raises(ValueError, match="train this one with fit"):
         training.sweep([net(digits)], digits, seeds=[0], memories=[memory])
+
+
+def test_sweep_says_that_it_cannot_stack_recurrent_layers(digits):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.GRU(8, 6, batch_first=True), nn.Linear(6, 10)
+
+        def forward(self, x):
+            return self.head(self.cell(x.flatten(1, 2))[0][:, -1])
+
+    with pytest.raises(ValueError, match="cannot stack recurrent layers"):
+        training.sweep([Reader(), Reader()], digits, seeds=[0, 1], epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_sweep_of_parametrised_layers_is_fit(digits):
+    def normed(seed):
+        model = net(digits, seed)
+        nn.utils.parametrizations.weight_norm(model[1])  # which makes a class for each layer
+        return model
+
+    together = [normed(0), normed(1)]
+    training.sweep(together, digits, seeds=[5, 6], epochs=1)
+    for seed, model in enumerate(together):
+        alone = normed(seed)
+        training.fit(alone, digits, seed=5 + seed, epochs=1)
+        torch.testing.assert_close(flat(model), flat(alone), rtol=1e-5, atol=1e-6)
 
 
 def test_sweep_refuses_networks_that_differ_in_more_than_their_weights(digits):
@@ -643,7 +679,11 @@ def _two_tasks(rank, world, folder):
     model, memory = net(first).double(), EWC(strength=30.0)
     pair = [first, tasks.permuted(first, 1)]
     matrix = training.run(model, pair, memory, epochs=2, lr=0.05, checkpoint=f"{folder}/run-{world}.pt")
-    found = {"matrix": matrix, "weights": flat(model), **memory.fisher, **_shares_of_one_batch(first)}
+    heads = nn.ModuleList([TwoHeads(first).double(), net(first, 1).double()])
+    training.fit(heads[0], first, epochs=1)  # a head that is not in use
+    given = heads[1] if world == 1 else nn.parallel.DistributedDataParallel(heads[1])
+    training.fit(given, first, epochs=1)
+    found = {"matrix": matrix, "weights": flat(model), **memory.fisher, **_shares_of_one_batch(first), "heads": flat(heads)}
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     if world > 1:
         _dropout_after_a_kill(rank, folder, [*pair, tasks.permuted(first, 2)])
@@ -834,7 +874,8 @@ class TwoHeads(nn.Module):
 
     def __init__(self, task):
         super().__init__()
-        self.body, self.other = net(task), nn.Linear(4, 2)
+        self.body, self.other = net(task), nn.Linear(4, 2, bias=False)
+        nn.init.ones_(self.other.weight)
 
     def forward(self, x):
         return self.body(x)
@@ -892,6 +933,10 @@ def test_run_of_many_models_says_what_it_needs(digits, letters):
         training.run(models_, [digits], epochs=1)
     with pytest.raises(ValueError, match="2 models need a list of one memory each"):
         training.run(models_, [digits], EWC(1.0), seed=[0, 1], epochs=1)
+    one = EWC(1.0)
+    with pytest.raises(ValueError, match="needs a memory of its own"):
+        training.run(models_, [digits], [one, one], seed=[0, 1], epochs=1)
+    assert one.tasks == 0
     models_[1].train()  # modes may differ
     assert training.run(models_, [digits, letters], seed=[0, 1], epochs=1).shape == (2, 2, 2)
 
@@ -1202,6 +1247,8 @@ def test_moments_of_other_weights_are_refused(digits):
     training.fit(small, digits, epochs=1, moments=moments)
     with pytest.raises(ValueError, match="moments belong to other parameters"):
         training.fit(net(digits), digits, epochs=1, moments=moments)
+    with pytest.raises(ValueError, match="another optimiser's than 'adam'"):
+        training.fit(small, digits, epochs=1, moments=moments, optimizer="adam")
     with pytest.raises(ValueError, match="moments belong to other parameters"):
         training.sweep([copy.deepcopy(small) for _ in range(2)], digits, seeds=[0, 1], epochs=1, moments=moments)
 
