@@ -286,8 +286,8 @@ class Scattered:
 
     def add(self, deltas: list[Tensor]) -> None:
         d = torch.cat([d.reshape(self.examples, -1, d.shape[-1]) for d in deltas], 1).flatten(0, 1)
-        rows = d.new_zeros(len(self.key), d.shape[1]).index_add_(0, self.place.flatten(), d)
-        rows = rows.to(accumulator(d.dtype)).square_()
+        d = d.to(accumulator(d.dtype))  # a token that comes hundreds of times
+        rows = d.new_zeros(len(self.key), d.shape[1]).index_add_(0, self.place.flatten(), d).square_()
         self.squared = rows if self.squared is None else self.squared.add_(rows)
 
     def finish(self) -> Tensor:
@@ -311,7 +311,8 @@ def closed_forms(calls: dict[str, list[Call]], parameters: dict[str, Tensor], ex
             rules += [RULES[type(call.layer)](call.layer, k, call.input) for k in local]
         if len(rules) != len(own) or None in rules or len({rule.kind for rule in rules}) != 1:
             continue
-        if len(own) == 1 and own[0].shape[:-1] == (examples,) and p.shape[:1] == own[0].shape[-1:]:
+        single = len(own) == 1 and own[0].shape[:-1] == (examples,) and p.shape[:1] == own[0].shape[-1:]
+        if single and not isinstance(rules[0], Table):
             forms[name] = Pointwise(rules[0])
         elif isinstance(rules[0], Outer):
             forms[name] = Product(rules, examples, budget)

@@ -55,6 +55,12 @@ def numbers(tensors: Sequence[Tensor]) -> list:
     return torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else []
 
 
+def numbers_of_one(x: Tensor, calls: list[Call]) -> int:
+    """How many numbers one of these examples fills in the layers, windows of convolutions unfolded."""
+    kernel = [math.prod(getattr(c.layer, "kernel_size", (1,))) for c in calls]
+    return (x.numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel))) // len(x)
+
+
 def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Every place where a module holds a parameter -> the name that ``named_parameters`` gives it, its value.
 
@@ -179,6 +185,8 @@ class Engine:
         self.names = {id(p): name for name, p in self.wanted.items()}
         first = next(iter(self.wanted.values()))
         self.device, self.dtype = first.device, first.dtype
+        self.precisions = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point()))
+        self.entry: dict[torch.dtype, torch.dtype] = {}  # type of the data -> type in which the model takes them
         self.totals = {
             name: torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device) for name, p in self.wanted.items()
         }
@@ -195,9 +203,25 @@ class Engine:
         self.overwrites: bool | None = None  # whether the model writes into its input; the first pass tells
 
     def to_model(self, x: Tensor) -> Tensor:
-        """Inputs on the model's device and, if they are floating-point numbers, in its precision."""
-        x = x.to(self.device, self.dtype if x.is_floating_point() else None)
-        return x.clone() if x.is_inference() else x  # autograd keeps no tensor that was made in that mode
+        """Inputs on the model's device and, if they are floating-point numbers, in a precision that it takes."""
+        x = x.to(self.device)
+        x = x.clone() if x.is_inference() else x  # autograd keeps no tensor that was made in that mode
+        if not x.is_floating_point() or self.precisions == [x.dtype]:
+            return x
+        if x.dtype not in self.entry:
+            self.entry[x.dtype] = self._precision_for(x[:1])
+        return x.to(self.entry[x.dtype])
+
+    def _precision_for(self, x: Tensor) -> torch.dtype:
+        """That of the data if the model takes it, or of its parameters: mixed ones do not say what the first layer is."""
+        with torch.no_grad():
+            for kind in (x.dtype, *self.precisions):
+                try:
+                    self.model(x.to(kind, copy=True))
+                except Exception:  # the first pass will tell, if no precision is right
+                    continue
+                return kind
+        return self.dtype
 
     def chunks(self, x: Tensor) -> Iterable[slice]:
         """Slices of the examples that fit the memory budget."""
@@ -207,9 +231,8 @@ class Engine:
         if self.batch_size is None:
             with torch.enable_grad():  # without a graph there are no calls to measure
                 _, calls = record(self.model, x[:REHEARSED].clone(), self.names)
-            kernel = [math.prod(getattr(c.layer, "kernel_size", (1,))) for c in calls]
-            size = x[0].numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel)) // REHEARSED
-            self.batch_size = max(16, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
+            size = numbers_of_one(x[:REHEARSED], calls)
+            self.batch_size = max(1, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
         return self.batch_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,6 +254,7 @@ class Engine:
         if not z.requires_grad:
             raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
         owners, used, in_place = closed_calls(z, calls, self.names)
+        size = numbers_of_one(x, calls)
         owners = {name: own for name, own in owners.items() if name not in self.refused}
         recorded = [call for call in {c: None for own in owners.values() for c in own} if call.is_intact(len(x))]
         if not in_place or any(len(call.input) > len(x) for call in recorded):  # packed, or folded into the batch
@@ -248,7 +272,7 @@ class Engine:
         sums = {name: total for name, total in sums.items() if trusted(name) or not total.any()}
         del z, calls, owners  # the graph
         rest = [name for name in self.wanted if name in used and name not in sums]
-        func = self._per_example([name for name in rest if name not in self.looped], x, vectors)
+        func = self._per_example([name for name in rest if name not in self.looped], x, vectors, size)
         unproven = [name for name in func if (name, x.shape[1:]) not in self.proven]
         if unproven:  # all of them: of a recurrent layer torch.func cannot do some of the weights alone
             self._rehearse_func(list(func), x)
@@ -268,9 +292,9 @@ class Engine:
         n = len(z)
         if n == 1 or not calls or z.dtype == torch.float16:  # whose numbers are too few
             return set(calls) if n == 1 else set()
-        random = torch.Generator().manual_seed(0)
-        v = torch.randn(z.shape, generator=random).to(z)
-        exponents = torch.randperm(max(n, 81), generator=random)[:n] % 81 - 40  # different ones, as far as they go
+        random = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+        v = torch.randn(z.shape, **random).to(z)
+        exponents = torch.randperm(max(n, 81), **random)[:n] % 81 - 40  # different ones, as far as they go
         scales = torch.exp2(exponents.double()).to(z)
         edges = [call.edge for call in calls]
         one, other = (
@@ -279,7 +303,7 @@ class Engine:
         )
         off = []
         for a, b in zip(one, other):
-            a, b = (torch.zeros(n, 1, 1) if g is None else g.reshape(n, len(g) // n, -1) for g in (a, b))
+            a, b = (z.new_zeros(n, 1, 1) if g is None else g.reshape(n, len(g) // n, -1) for g in (a, b))
             far = (b / scales.to(b).view(-1, 1, 1) - a).norm(dim=2)
             off.append((~(far <= 0.01 * a.norm(dim=2) + 1e-5 * a.norm(dim=2).mean())).sum())
         return {call for call, count in zip(calls, numbers(off)) if not count}
@@ -306,8 +330,9 @@ class Engine:
             for name, form in forms.items()
         }
 
-    def _per_example(self, names: list[str], x: Tensor, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Gradients of some parameters example by example through ``torch.func``, within the memory budget."""
+    def _per_example(self, names: list[str], x: Tensor, vectors: Sequence[Tensor], size: int) -> dict[str, Tensor]:
+        """Gradients of some parameters example by example through ``torch.func``, within the memory budget, if one
+        example fills ``size`` numbers in the layers."""
         if not names:
             return {}
         x = x.clone() if self.overwrites else x
@@ -323,8 +348,8 @@ class Engine:
             return {n: g.to(accumulator(g.dtype)).square().sum(0) for n, g in grads.items()}
 
         batched = recurrent(self.model)
-        size = max(1, sum(p.numel() for p in params.values()))
-        across = max(1, min(len(vectors), 4 * self.budget // size))
+        size = max(size, sum(p.numel() for p in params.values()))
+        across = max(1, min(len(vectors), 4 * self.budget // max(size, vectors[0].numel())))
         along = max(1, 4 * self.budget // (size * across))
         sums = {n: torch.zeros_like(self.totals[n]) for n in names}
         try:
@@ -417,7 +442,7 @@ class Engine:
         x, shape = self._different(x), x.shape[1:]
         v = self._noise(record(self.model, x.clone(), {})[0].detach(), 3)
         truth = self._one_by_one(list(self.wanted), x, v)  # all: a gradient of rounding is judged against the others
-        found = self._per_example(names, x, v)
+        found = self._per_example(names, x, v, 1)
         wrong, doubtful, size = self._compared(found, truth)
         self.looped |= wrong
         if doubtful and self.dtype != torch.float64:
@@ -433,15 +458,19 @@ class Engine:
     def _different(self, x: Tensor) -> Tensor:
         """A few examples that are not alike, so that to mix them would show."""
         if len(x) > REHEARSED and torch.equal(x[0], x[1]):
-            others = (x != x[0]).flatten(1).any(1).nonzero().flatten()
+            others = (x != x[0]).reshape(len(x), -1).any(1).nonzero().flatten()
             return x[[0, int(others[0]) if len(others) else 1]]
         return x[:REHEARSED]
 
     def _noise(self, z: Tensor, count: int) -> list[Tensor]:
-        return list(torch.randn((count, *z.shape), generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype))
+        random = torch.Generator().manual_seed(0)
+        return list(torch.randn((count, *z.shape), generator=random, device="cpu").to(z.device, z.dtype))
 
     def _compared(self, values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[set[str], set[str], dict[str, float]]:
-        """The names that differ from the truth; those that agree only in being small beside the others; their sizes."""
+        """The names that differ from the truth; those that a twin in double precision must judge; their sizes.
+
+        The latter agree only in being small beside the others, or differ in half precision.
+        """
         size = dict(zip(truth, numbers(torch._foreach_norm(list(truth.values())))))
         scale = max(size[name] / math.sqrt(max(1, t.numel())) for name, t in truth.items())
         wrong, doubtful = set(), set()
@@ -452,10 +481,11 @@ class Engine:
             # A gradient of zero but for rounding (a bias before a normalisation) is judged against the others.
             floor = min(1e-3, (100 * torch.finfo(dtype).eps) ** 2) * scale * math.sqrt(truth[name].numel())
             near = TOLERANCE.get(dtype, 0.2) * size[name]
-            if not distance <= near + floor:  # NaN is wrong, too
-                wrong.add(name)
-            elif distance > near:
-                doubtful.add(name)
+            if distance <= near:
+                continue
+            # In half precision the truth itself may be lost in rounding; NaN is wrong in any.
+            close = distance < math.inf if dtype not in TOLERANCE else distance <= near + floor
+            (doubtful if close else wrong).add(name)
         return wrong, doubtful, size
 
     def _in_double(self) -> Engine:

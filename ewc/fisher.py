@@ -142,9 +142,10 @@ class _Softmax:
     """
 
     def __init__(self, z: Tensor, labels: Tensor, classes: Sequence[int] | Tensor | None):
-        _check_logits(z, labels)
+        _check_shapes(z, labels)
         self.z = z.detach()
         self.classes = class_index(classes, z)
+        _check_values(self.z, labels, self.classes)
         z = self.z.flatten(2) if z.dim() > 2 else self.z.unsqueeze(-1)
         z = z if self.classes is None else z[:, self.classes]
         self.log_p = z.to(accumulator(z.dtype)).log_softmax(1)
@@ -297,7 +298,7 @@ def _random(like: Tensor, generator: torch.Generator | None) -> Tensor:
 # ---- checks and housekeeping ----------------------------------------------------------------------------------------
 
 
-def _check_logits(z: Tensor, labels: Tensor) -> None:
+def _check_shapes(z: Tensor, labels: Tensor) -> None:
     if z.dim() < 2 or z.shape[0] != len(labels):
         raise ValueError(
             f"The model returned shape {tuple(z.shape)} for {len(labels)} examples; it must return logits of shape "
@@ -310,18 +311,26 @@ def _check_logits(z: Tensor, labels: Tensor) -> None:
             f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(z.shape)}; as in torch's "
             "cross_entropy, axis 1 of the logits runs over the classes and the other axes are those of the labels."
         )
-    sound = [z.sum(dtype=torch.float64)]  # finite if all of them are
+
+
+def _check_values(z: Tensor, labels: Tensor, classes: Tensor | None) -> None:
+    used = z if classes is None else z[:, classes]  # the others may be masked, with -inf
+    sound = [used.sum(dtype=torch.float64)]  # finite if all of them are
     if not labels.is_floating_point():
         in_range = (labels >= 0) & (labels < z.shape[1])
         sound.append((in_range if labels.dim() == 1 else in_range | (labels == IGNORED)).all().double())
     total, *in_range = _layers.numbers(sound)
     if not math.isfinite(total):
-        raise ValueError("The model's logits are not finite; check its weights and the scale of the inputs.")
+        raise ValueError(
+            "The model's logits are not finite; check its weights and the scale of the inputs. If it masks classes with "
+            "-inf, list the others as classes."
+        )
     if not all(in_range):
         used = labels if labels.dim() == 1 else labels[labels != IGNORED]
         raise ValueError(
             f"Labels run from {int(used.min())} to {int(used.max())}, but the model has {z.shape[1]} classes: "
-            f"they must lie between 0 and {z.shape[1] - 1}."
+            f"they must lie between 0 and {z.shape[1] - 1}"
+            + (f", or be {IGNORED} at positions that do not count." if labels.dim() > 1 else ".")
         )
 
 
@@ -348,7 +357,8 @@ def _blocks(data) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data):
         data = [tuple(data)]
     elif isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=512, generator=torch.Generator())  # torch's own stays as it is
+        own = torch.Generator(torch.get_default_device())  # torch's stays as it is
+        data = DataLoader(data, batch_size=512, generator=own)
     elif not isinstance(data, DataLoader):
         raise TypeError(f"data must be a Dataset, a DataLoader or a pair of tensors; got {type(data).__name__}.")
     for block in data:
@@ -390,8 +400,10 @@ def _mean(engine: _layers.Engine) -> dict[str, Tensor]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients on; puts back modes, buffers and attributes, whatever happens inside."""
+    """Eval mode with gradients on and without hooks of parameters, which change gradients; puts back modes, weights,
+    buffers, attributes and hooks, whatever happens inside."""
     modules = list(model.modules())
+    weights = [(p, p.detach().clone(), p._backward_hooks) for p in model.parameters()]
     before = [(module, module.training, dict(vars(module)), dict(module._buffers)) for module in modules]
     contents = [
         (b, None if b.is_inference() else b._version, b.clone())  # one made in that mode has no version
@@ -400,10 +412,18 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         if b is not None
     ]
     try:
+        for p, _, hooks in weights:
+            if hooks:
+                p._backward_hooks = None
         _evaluate(modules)
         with torch.inference_mode(False), torch.enable_grad(), _full_precision(_layers.recurrent(model)):
             yield
     finally:
+        for p, value, hooks in weights:
+            if hooks:
+                p._backward_hooks = hooks
+            if not p.is_inference():
+                p.data.copy_(value)  # some layers keep their weights in bounds whenever they run
         for module, training, attributes, buffers in before:
             module.training = training
             if isinstance(module, torch.jit.ScriptModule):

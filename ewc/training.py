@@ -641,7 +641,7 @@ def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
 
     def order(epoch: int) -> Tensor:
-        rows = [torch.randperm(n, generator=g) for g in generators]
+        rows = [torch.randperm(n, generator=g, device="cpu") for g in generators]
         return (torch.stack(rows) if stacked else rows[0]).to(device)
 
     return order

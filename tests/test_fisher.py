@@ -1736,3 +1736,184 @@ def test_a_bias_of_rounding_is_no_reason_for_a_loop(monkeypatch):
     monkeypatch.setattr(_layers.Engine, "_one_by_one", counted)
     fisher.diagonal(model, (x, y))
     assert max(looped) <= _layers.REHEARSED
+
+
+@pytest.mark.parametrize("estimator", DETERMINISTIC)
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_of_parameters_change_no_fisher(estimator, fails):
+    """Such as those that clip gradients in training: the Fisher information is not of clipped gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(9, 5).double(), torch.randint(3, (9,))
+    expected = brute_force(model, x, y, estimator)
+    for p in model.parameters():
+        p.register_hook(lambda g: g.clamp(-0.05, 0.05))
+    if fails:
+        with pytest.raises(ValueError, match="not finite"):
+            fisher.diagonal(model, (torch.full_like(x, torch.nan), y), estimator)
+    for name, value in fisher.diagonal(model, (x, y), estimator).items():
+        torch.testing.assert_close(value, expected[name])
+    (100 * F.cross_entropy(model(x), y)).backward()
+    assert all(p.grad.abs().max() <= 0.05 for p in model.parameters())
+
+
+class Mixed(nn.Module):
+    """A frozen tower in half precision under a head in single precision, in both orders of registration."""
+
+    def __init__(self, head_first):
+        super().__init__()
+        if head_first:
+            self.head = nn.Linear(5, 3)
+        self.tower = nn.Linear(6, 5).bfloat16().requires_grad_(False)
+        if not head_first:
+            self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.tower(x)).float())
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_data_reach_a_tower_of_another_precision(head_first, dtype):
+    torch.manual_seed(0)
+    model, x, y = Mixed(head_first), torch.randn(20, 6), torch.randint(3, (20,))
+    expected = fisher.diagonal(model.head, (torch.tanh(model.tower(x.bfloat16())).float(), y))
+    for name, value in fisher.diagonal(model, (x.to(dtype), y)).items():
+        torch.testing.assert_close(value, expected[name.removeprefix("head.")])
+
+
+def test_data_that_a_model_takes_as_they_are_are_not_rounded():
+    """A column of 5000 numbers of customers, in half precision, would name others."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.customer, self.head = nn.Embedding(5000, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.customer(x[:, 0].long()))
+
+    torch.manual_seed(0)
+    model, x = Table().bfloat16(), torch.randint(4000, 5000, (20, 1)).float()
+    used = fisher.diagonal(model, (x, torch.randint(3, (20,))))["customer.weight"].any(1).nonzero().flatten()
+    assert used.tolist() == x[:, 0].long().unique().tolist()
+
+
+@pytest.mark.parametrize("x", [[0, 3, 7, 3, 1], [2, 2, 5, 2, 1], [4, 4, 4]])
+def test_a_square_table_and_categories_without_a_second_axis(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 3)).double()
+    x, y = torch.tensor(x), torch.randint(3, (len(x),))
+    for name, value in fisher.diagonal(model, (x, y)).items():
+        torch.testing.assert_close(value, brute_force(model, x, y)[name])
+
+
+def test_examples_in_one_pass_follow_the_memory_down_to_one():
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)), torch.randn(40, 1, 8, 8)
+    found = []
+    for budget in (10, 10_000, _layers.BUDGET):
+        engine = _layers.Engine(model)
+        engine.budget = budget
+        found.append(engine.examples_at_once(x))
+    assert found[0] == 1 < found[1] < found[2]
+
+
+def test_one_small_parameter_by_torch_func_keeps_to_the_budget(monkeypatch):
+    """What counts is the numbers that an example fills in all the layers, not those of that parameter."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.gate = nn.Conv2d(1, 4, 3, padding=1), nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x):
+            return self.gate * self.body(x)
+
+    torch.manual_seed(0)
+    model, x, y = Gated().double(), torch.randn(6, 1, 5, 5).double(), torch.randint(4, (6, 5, 5))
+    expected, sizes, plain = brute_force(model, x, y), [], _layers.vmap
+
+    def watched(f, *args, **options):
+        g = plain(f, *args, **options)
+
+        def call(*inputs):
+            if len(inputs) == 3:
+                sizes.append(inputs[2].numel())
+            return g(*inputs)
+
+        return call
+
+    monkeypatch.setattr(_layers, "BUDGET", 300)
+    monkeypatch.setattr(_layers, "vmap", watched)
+    for name, value in fisher.diagonal(model, (x, y), batch_size=6).items():
+        torch.testing.assert_close(value, expected[name])
+    rehearsal = 2 * 3 * 100  # two examples, three vectors
+    assert len(sizes) > 20 and max(sizes[1:]) <= 4 * 300 < max(rehearsal, 6 * 75 * 100)
+
+
+@pytest.mark.parametrize("estimator", fisher.ESTIMATORS)
+def test_another_default_device_is_not_used(estimator):
+    """The meta device computes nothing: whatever is made there fails here."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.Linear(6, 3)), torch.randn(9, 5), torch.randint(3, (9,))
+    options = {"generator": torch.Generator().manual_seed(0)}
+    expected = fisher.diagonal(model, (x, y), estimator, **options)
+    with torch.device("meta"):
+        found = fisher.diagonal(model, (x, y), estimator, generator=torch.Generator("cpu").manual_seed(0))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_masked_logits_are_no_error_outside_the_classes():
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.tensor([False, True, False, False]), -torch.inf)
+
+    torch.manual_seed(0)
+    model, x, y = Masked(5, 4).double(), torch.randn(9, 5).double(), torch.tensor([0, 2, 3] * 3)
+    found, expected = fisher.diagonal(model, (x, y), classes=[0, 2, 3]), brute_force(model, x, y, classes=[0, 2, 3])
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+    with pytest.raises(ValueError, match="list the others as classes"):
+        fisher.diagonal(model, (x, y))
+
+
+def test_weights_that_a_layer_keeps_in_bounds_are_handed_back_as_they_were():
+    class Bounded(nn.Linear):
+        def forward(self, x):
+            self.weight.data = self.weight.data.clamp(-0.1, 0.1)
+            self.bias.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x, y = Bounded(5, 3).double(), torch.randn(9, 5).double(), torch.randint(3, (9,))
+    before, version = copy.deepcopy(model.state_dict()), model.bias._version
+    found = fisher.diagonal(model, (x, y))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.bias._version == version
+    for name, value in brute_force(model, x, y).items():
+        torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("repeats", [30, 900])
+def test_a_token_that_comes_very_often_in_half_precision(repeats):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.words(x).mean(1))
+
+    torch.manual_seed(0)
+    model, x, y = Pooled().bfloat16(), torch.randint(1, 20, (6, 1000)), torch.randint(4, (6,))
+    x[:, :repeats] = 0
+    expected = brute_force(copy.deepcopy(model).double(), x, y)["words.weight"][0]
+    found = fisher.diagonal(model, (x, y))["words.weight"][0]
+    assert found.sum().item() == pytest.approx(expected.sum().item(), rel=0.02)
+
+
+def test_labels_of_dense_prediction_out_of_range_say_how_to_leave_positions_out():
+    model, x = nn.Conv1d(2, 3, 1), torch.randn(4, 2, 5)
+    with pytest.raises(ValueError, match="or be -100 at positions that do not count"):
+        fisher.diagonal(model, (x, torch.full((4, 5), 255)))
