@@ -361,13 +361,36 @@ def test_formulas_that_were_never_in_view_can_be_printed(server, browser):
 
 
 def test_search_finds_a_page(server, browser):
-    tab = open_page(browser, server, "search.html?q=fisher")
+    seen = Visit()
+    tab = open_page(browser, server, "search.html?q=fisher", seen)
     tab.locator("#search-results li").first.wait_for()
     assert tab.locator("#search-results li a").count() > 0
     tab.locator("#search-results .context").first.wait_for()
     tab.wait_for_load_state("networkidle")
     shown = tab.locator("#search-results").inner_text()
     assert "Fisher" in shown and "\\class{" not in shown and "Contents" not in shown
+    assert "Suggest edit" not in shown and not seen.console
+
+
+def test_the_title_of_a_solution_opens_it(site, server, browser):
+    page, seen = with_element(site, "Solution to", "solutions"), Visit()
+    tab = open_page(browser, server, page, seen)
+    for box in tab.locator(".admonition.solution").all()[:2]:
+        title = box.locator(".admonition-title")
+        assert "toggle-hidden" in box.get_attribute("class")
+        title.click()  # in its middle
+        assert "toggle-hidden" not in box.get_attribute("class")
+    assert not seen.console and tab.url.endswith(page)
+
+
+def test_the_site_s_own_address_leads_to_the_first_page_and_can_be_shared(site, server, browser):
+    tab = open_page(browser, server)
+    tab.wait_for_url("**/book/intro.html")
+    door = BeautifulSoup((site / "index.html").read_text(), "html.parser")
+    first = BeautifulSoup((site / "book/intro.html").read_text(), "html.parser")
+    assert door.title.string == first.title.string
+    for what in ("og:title", "og:image", "og:description"):
+        assert door.find("meta", property=what)["content"] == first.find("meta", property=what)["content"]
 
 
 def test_search_finds_a_name_without_its_accent(server, browser):
@@ -401,6 +424,8 @@ def test_every_chapter_can_be_shared_edited_and_taken_away(site, soups):
     for page in chapters_of(site):
         soup = soups[page]
         assert soup.find("meta", property="og:title"), page
+        assert soup.find("meta", property="og:site_name")["content"] == "Elastic weight consolidation", page
+        assert "\\" not in soup.find("meta", property="og:description")["content"], f"{page}: a formula in its first sentence"
         assert (site / urlparse(soup.find("meta", property="og:image")["content"]).path.removeprefix(PREFIX)).is_file(), page
         assert soup.find("a", href=lambda link: link and "/edit/main/book/" in link), page
         if (site / "_sources" / page).with_suffix(".ipynb").exists():

@@ -363,7 +363,9 @@ class Write(SphinxPostTransform):
         return parts.folded(summary, links, listing, classes=["equation-code"])
 
     def object_link(self, code):
-        name = nodes.literal("", code.name)
+        name = nodes.literal()
+        for part in re.split(r"(?<=[._])", code.name):  # a narrow column breaks it there
+            name += [nodes.Text(part), nodes.raw("", "<wbr>", format="html")]
         if code.name not in self.env.get_domain("py").objects:
             return [name]
         return [

@@ -34,7 +34,8 @@ def main() -> None:
         tab.set_default_timeout(600_000)
         tab.goto(whole.as_uri())
         tab.evaluate(TYPESET)
-        tab.pdf(path=ROOT / "_build/book.pdf", format="A4", prefer_css_page_size=True, print_background=True)
+        paper = {"format": "A4", "prefer_css_page_size": True, "print_background": True}
+        tab.pdf(path=ROOT / "_build/book.pdf", tagged=True, outline=True, **paper)
         browser.close()
     print("The book is in _build/book.pdf.")
 

@@ -61,9 +61,22 @@ def icon_rules() -> str:
     return "\n".join(rules) + "\n"
 
 
+def open_door(out: Path, first: str) -> None:
+    """The page at the site's own address leads to the first one, and is shared with the same title and picture."""
+    page = out / f"{first}.html"
+    if not page.is_file():
+        return
+    text = page.read_text(encoding="utf-8")
+    head = re.findall(r'<title>.*?</title>|<meta [^>]*property="og:[^>]*>', text, flags=re.DOTALL)
+    head += [f'<link rel="canonical" href="{first}.html"/>', f'<meta http-equiv="refresh" content="0; url={first}.html"/>']
+    lines = ['<!doctype html>', '<html lang="en">', '<meta charset="utf-8"/>', *head, f'<a href="{first}.html">Read</a>', "</html>"]
+    (out / "index.html").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def finish(app: Sphinx, exception: Exception | None) -> None:
     if exception or app.builder.format != "html":
         return
+    open_door(Path(app.outdir), app.config.root_doc)
     static = Path(app.outdir) / "_static"
     copy_mathjax(static)
     (static / "icons.css").write_text(icon_rules(), encoding="utf-8")
@@ -110,6 +123,8 @@ def accessible(body: str) -> str:
     """Mend labels that hide the visible words, formulas that only a mouse can scroll, and links in what unfolds a step."""
     body = body.replace(' aria-label="Toggle hidden content"', "")
     body = body.replace('<div role="list" class="citation-list">', '<div class="citation-list">')  # its entries are no list items
+    # The whole title opens the box.
+    body = re.sub(r'(<p class="admonition-title">Solution to)<a\b[^>]*>(.*?)</a>', r"\1\2", body)
     body = re.sub(r"<summary>.*?</summary>", lambda found: re.sub(r"</?a\b[^>]*>", "", found[0]), body, flags=re.DOTALL)
     return body.replace('<div class="output text_latex', '<div tabindex="0" class="output text_latex')
 

@@ -2,7 +2,10 @@
 document.addEventListener("DOMContentLoaded", () => {
   if (typeof Search === "undefined") return;
   const text = Search.htmlToText;
-  const hidden = "details.symbols, .equation-code, .bd-sidebar-secondary, .reproducibility, #print-main-content";
+  const hidden = [
+    "details.symbols", "details.hide", ".equation-code", ".bd-sidebar-secondary", ".reproducibility",
+    "#print-main-content", ".bd-header-article", ".header-article",
+  ].join();
   Search.htmlToText = (html, anchor) => {
     const page = new DOMParser().parseFromString(html, "text/html");
     page.querySelectorAll(hidden).forEach(e => e.remove());
@@ -14,6 +17,6 @@ document.addEventListener("DOMContentLoaded", () => {
         return end < 0 ? part : part.slice(1, end) + part.slice(end + 1); // a symbol within a symbol stays in braces
       }).join("");
     });
-    return text(page.documentElement.outerHTML, anchor);
+    return text(page.documentElement.outerHTML, anchor && "#" + CSS.escape(anchor.slice(1)));
   };
 });
