@@ -73,8 +73,8 @@ def site(pytestconfig) -> Path:
     book = pytestconfig.stash[BOOK]
     if book.process.wait():
         lines = book.output.read_text().splitlines()
-        problems = [line for line in lines if "WARNING" in line or "rror" in line]
-        pytest.fail("the book does not build:\n" + "\n".join(problems or lines[-30:]), pytrace=False)
+        problems = [line for line in lines if "WARNING" in line or "rror" in line] + lines[-30:]
+        pytest.fail("the book does not build:\n" + "\n".join(problems), pytrace=False)
     return BUILD / "_build/html"
 
 

@@ -2,7 +2,6 @@
 
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import card
 import fresh
@@ -66,15 +65,6 @@ def test_settings_say_what_the_environment_chose(monkeypatch):
     monkeypatch.setenv("EWC_SCALE", "quick")
     found = fresh.settings()
     assert (found["data"], found["scale"]) == ("embedded", "quick")
-
-
-def test_a_page_is_outdated_with_the_page_whose_values_it_prints(tmp_path):
-    (tmp_path / "a.md").write_text("# A\n")
-    (tmp_path / "b.md").write_text("{glue:text}`a.md::x:.2f`\n")
-    (tmp_path / "c.md").write_text("# C\n")
-    env = SimpleNamespace(found_docs={"a", "b", "c"}, doc2path=lambda page: str(tmp_path / f"{page}.md"))
-    assert fresh.outdated(None, env, set(), {"a"}, set()) == ["b"]
-    assert fresh.outdated(None, env, set(), {"c"}, set()) == []
 
 
 @pytest.mark.parametrize(

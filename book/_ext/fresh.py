@@ -19,7 +19,6 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
-from sphinx.environment import BuildEnvironment
 
 FILES = ("ewc/**/*.py", "ewc/recorded/*.json", "benchmarks/**/*.py", "requirements.txt")
 MACHINERY = ("book/_ext/*.py",)
@@ -96,13 +95,6 @@ def on_config(app: Sphinx, config: Config) -> None:
     config.nb_execution_cache_path = str(here)
 
 
-def outdated(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
-    """Pages that print a value glued in a page that is about to be read again."""
-    names = [Path(env.doc2path(page)).name + "::" for page in added | changed]
-    rest = env.found_docs - added - changed
-    return [page for page in rest if any(n in Path(env.doc2path(page)).read_text() for n in names)]
-
-
 def forget_failure(app: Sphinx, exception: Exception | None) -> None:
     """After a failed build read every page again: Sphinx repeats no warning about a page that it does not read."""
     if exception or app._warncount:
@@ -114,6 +106,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("ewc_machinery", "", "env")
     app.add_config_value("ewc_site", "", "html")  # when it changes, all pages are written; noted after the last one is
     app.connect("config-inited", on_config, priority=100)
-    app.connect("env-get-outdated", outdated)
     app.connect("build-finished", forget_failure)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

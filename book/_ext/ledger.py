@@ -20,12 +20,8 @@ from textwrap import dedent
 import parts
 from docutils import nodes
 from sphinx import addnodes
-from sphinx.errors import ExtensionError
 from sphinx.transforms.post_transforms import SphinxPostTransform
-from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
-
-LOG = logging.getLogger(__name__)
 
 # kind: (mark beside the number, what it says in full, counted as)
 KINDS = {
@@ -63,7 +59,6 @@ class Implements(SphinxRole):
 
 class Ledger(SphinxDirective):
     def run(self):
-        self.env.metadata[self.env.docname]["ledger_table"] = True
         return [ledger_table()]
 
 
@@ -273,21 +268,11 @@ def read_code(app):
     app.ledger_code = implementations(Path(app.srcdir))
 
 
-def warn(app, env):
-    """Before the pages are written: a warning for each problem, so that a strict build stops here."""
-    for page, line, message in problems(app):
-        LOG.warning(message, location=(page, line), type="ledger")
-
-
 def finish(app, exception):
     """Fail, strict or not, if any equation is unaccounted for; the pages are there to be looked at."""
     if exception or app.builder.format != "html":
         return
-    if found := problems(app):
-        listed = "\n".join(
-            f"  {page}{f':{line}' if line else ''}: {message}" for page, line, message in found
-        )
-        raise ExtensionError(f"the ledger of equations has {len(found)} problem(s):\n{listed}")
+    parts.refuse("the ledger of equations has", problems(app))
     book = []
     for row in rows(app):
         check = [f"{app.builder.get_target_uri(page)}#{check['anchor']}" for page, check in row["checks"]]
@@ -295,11 +280,6 @@ def finish(app, exception):
         keep = {key: row[key] for key in ("label", "page", "number", "kind")}
         book.append(keep | {"check": check[0] if check else None, "code": names})
     Path(app.outdir, "ledger.json").write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
-
-
-def rewrite(app, env):
-    """The ledger's own page depends on all others."""
-    return [page for page in env.found_docs if "ledger_table" in env.metadata[page]]
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -430,8 +410,6 @@ def setup(app):
     app.connect("config-inited", configure)
     app.connect("builder-inited", read_code)
     app.connect("doctree-read", collect)
-    app.connect("env-updated", rewrite)
-    app.connect("env-check-consistency", warn)
     app.connect("build-finished", finish)
     app.connect("autodoc-process-docstring", link_docstrings, priority=100)
     app.add_post_transform(Write)

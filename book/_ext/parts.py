@@ -2,6 +2,7 @@
 
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.errors import ExtensionError
 from sphinx.util.nodes import get_node_source
 
 
@@ -60,6 +61,13 @@ def page_link(env, page):
     return addnodes.pending_xref(
         "", title, refdomain="std", reftype="doc", reftarget=f"/{page}", refdoc=env.docname, refexplicit=True
     )
+
+
+def refuse(what, problems):
+    """Fails the build, strict or not, if there are problems (page, line, message)."""
+    if problems:
+        listed = "\n".join(f"  {page}{f':{line}' if line else ''}: {message}" for page, line, message in problems)
+        raise ExtensionError(f"{what} {len(problems)} problem(s):\n{listed}")
 
 
 def setup(app):

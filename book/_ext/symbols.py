@@ -21,10 +21,8 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.errors import ExtensionError
 from sphinx.transforms.post_transforms import SphinxPostTransform
-from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-LOG = logging.getLogger(__name__)
 FILE = "book/symbols.yml"
 FIELDS = {"tex", "name", "meaning", "shape", "unit", "code"}
 
@@ -262,7 +260,6 @@ class Notation(SphinxDirective):
     """A table of all symbols, in alphabetical order."""
 
     def run(self):
-        self.env.metadata[self.env.docname]["notation"] = True
         self.env.note_dependency(str(Path(self.env.srcdir, FILE)))
         ordered = sorted(self.env.app.symbols.values(), key=alphabetical)
         rows = [[*describe(symbol), [first_page(symbol=symbol.id)]] for symbol in ordered]
@@ -381,22 +378,9 @@ def read_symbols(app):
     app.symbols = load(Path(app.srcdir, FILE))
 
 
-def warn(app, env):
-    for page, line, message in problems(app):
-        LOG.warning(message, location=(page, line), type="symbols")
-
-
 def finish(app, exception):
-    if not exception and (found := problems(app)):
-        listed = "\n".join(
-            f"  {page}{f':{line}' if line else ''}: {message}" for page, line, message in found
-        )
-        raise ExtensionError(f"the symbols have {len(found)} problem(s):\n{listed}")
-
-
-def rewrite(app, env):
-    """The notation appendix depends on all other pages."""
-    return [page for page in env.found_docs if "notation" in env.metadata[page]]
+    if not exception:
+        parts.refuse("the symbols have", problems(app))
 
 
 class WriteNotation(SphinxPostTransform):
@@ -420,8 +404,6 @@ def setup(app):
     app.add_directive("notation", Notation)
     app.connect("builder-inited", read_symbols)
     app.connect("doctree-read", wrap)
-    app.connect("env-updated", rewrite)
-    app.connect("env-check-consistency", warn)
     app.connect("build-finished", finish)
     app.add_post_transform(WriteNotation)
     app.add_css_file("symbols.css")
