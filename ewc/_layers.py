@@ -61,6 +61,24 @@ def numbers_of_one(x: Tensor, calls: list[Call]) -> int:
     return (x.numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel))) // len(x)
 
 
+def to_model(x: Tensor, model: nn.Module) -> Tensor:
+    """Inputs on the model's device and, if they are floating-point numbers, in a precision that it takes: that of the
+    data if it can, else one of its parameters', which do not say what the first layer is."""
+    x = x.to(next(model.parameters()).device)
+    x = x.clone() if x.is_inference() else x  # autograd keeps no tensor that was made in that mode
+    kinds = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()))
+    if not x.is_floating_point() or kinds == [x.dtype]:
+        return x
+    with torch.no_grad():
+        for kind in (x.dtype, *kinds):
+            try:
+                model(x[:1].to(kind, copy=True))
+            except Exception:  # the first pass will tell, if no precision is right
+                continue
+            return x.to(kind)
+    return x.to(kinds[0])
+
+
 def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Every place where a module holds a parameter -> the name that ``named_parameters`` gives it, its value.
 
@@ -185,8 +203,6 @@ class Engine:
         self.names = {id(p): name for name, p in self.wanted.items()}
         first = next(iter(self.wanted.values()))
         self.device, self.dtype = first.device, first.dtype
-        self.precisions = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point()))
-        self.entry: dict[torch.dtype, torch.dtype] = {}  # type of the data -> type in which the model takes them
         self.totals = {
             name: torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device) for name, p in self.wanted.items()
         }
@@ -201,27 +217,6 @@ class Engine:
         self.proven: set[tuple] = set()  # parameters and shapes of an example for which torch.func passed
         self.looped: set[str] = set()  # parameters that torch.func cannot do
         self.overwrites: bool | None = None  # whether the model writes into its input; the first pass tells
-
-    def to_model(self, x: Tensor) -> Tensor:
-        """Inputs on the model's device and, if they are floating-point numbers, in a precision that it takes."""
-        x = x.to(self.device)
-        x = x.clone() if x.is_inference() else x  # autograd keeps no tensor that was made in that mode
-        if not x.is_floating_point() or self.precisions == [x.dtype]:
-            return x
-        if x.dtype not in self.entry:
-            self.entry[x.dtype] = self._precision_for(x[:1])
-        return x.to(self.entry[x.dtype])
-
-    def _precision_for(self, x: Tensor) -> torch.dtype:
-        """That of the data if the model takes it, or of its parameters: mixed ones do not say what the first layer is."""
-        with torch.no_grad():
-            for kind in (x.dtype, *self.precisions):
-                try:
-                    self.model(x.to(kind, copy=True))
-                except Exception:  # the first pass will tell, if no precision is right
-                    continue
-                return kind
-        return self.dtype
 
     def chunks(self, x: Tensor) -> Iterable[slice]:
         """Slices of the examples that fit the memory budget."""
@@ -426,7 +421,7 @@ class Engine:
         if doubtful and self.dtype != torch.float64:
             try:
                 twin = self._in_double()
-                twin._rehearse(twin.to_model(x))
+                twin._rehearse(to_model(x, twin.model))
                 doubtful &= twin.refused
             except Exception:  # a model that cannot be copied or converted
                 pass
@@ -448,7 +443,7 @@ class Engine:
         if doubtful and self.dtype != torch.float64:
             try:
                 twin = self._in_double()
-                twin._rehearse_func(names, twin.to_model(x))
+                twin._rehearse_func(names, to_model(x, twin.model))
                 doubtful &= twin.looped
             except Exception:  # as above
                 pass

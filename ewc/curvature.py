@@ -5,17 +5,16 @@ Everything here is a dense matrix over *all* trainable parameters, computed from
 networks.
 
 Conventions: the loss is the *mean* cross-entropy of the softmax over the examples; the model runs in eval
-mode and comes back as it was; parameters are flattened in the order of ``model.named_parameters()``, frozen
-ones left out, and :func:`blocks` says which rows and columns belong to which of them. Shapes: N examples,
-C classes, P parameters.
+mode, without autocast, and comes back as it was; parameters are flattened in the order of
+``model.named_parameters()``, frozen ones left out, and :func:`blocks` says which rows and columns belong to which
+of them. Shapes: N examples, C classes, P parameters.
 
 Labels are integers, one for each example. What runs the model raises ValueError for a model without trainable
-parameters, one that mixes the examples of a batch or is random in eval mode, and logits that are not finite, and
-TypeError for data of another kind.
+parameters, one that mixes the examples of a batch or is random in eval mode, and logits that are not finite, of a
+single class or without a gradient, and TypeError for data of another kind.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from ewc._layers import TOLERANCE, places
-from ewc.fisher import _blocks, _length, _progress, unwrap
+from ewc._layers import TOLERANCE, places, to_model
+from ewc.fisher import _blocks, _length, _progress, _untouched, unwrap
 
 __all__ = [
     "blocks",
@@ -104,9 +103,9 @@ def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
     Raises:
         ValueError: the Jacobian would be larger than 2 GiB.
     """
-    theta, logits_of = _flat(model)
-    x = like(inputs, theta)
-    with evaluating(model):
+    with _untouched(unwrap(model)):
+        theta, logits_of = _flat(model)
+        x = to_model(inputs, unwrap(model))
         logits = _logits(logits_of, theta, x)
         _check_size(logits.numel() * len(theta), theta, f"The Jacobian of {len(x)} examples")
         return _jacobian(logits_of, theta, x)
@@ -129,8 +128,8 @@ def hessian(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]
 
     Implements: eq-hessian
     """
-    theta, logits_of, x, y = _prepare(model, data)
-    with evaluating(model):
+    with _untouched(unwrap(model)):
+        theta, logits_of, x, y = _prepare(model, data)
         _logits(logits_of, theta, x, y)
         return _second_derivative(lambda t: cross_entropy(logits_of(t, x), y), theta)
 
@@ -158,14 +157,14 @@ def gauss_newton(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Te
 
     Implements: eq-ggn
     """
-    theta, logits_of, x, y = _prepare(model, data)
-    total = theta.new_zeros(len(theta), len(theta))
-    with evaluating(model):
+    with _untouched(unwrap(model)):
+        theta, logits_of, x, y = _prepare(model, data)
+        total = theta.new_zeros(len(theta), len(theta))
         for x_, y_ in _chunks(logits_of, theta, x, y):
             J = _jacobian(logits_of, theta, x_)  # (n, C, P)
             HJ = softmax_fisher(logits_of(theta, x_)) @ J
             total += J.flatten(0, 1).T @ HJ.flatten(0, 1)
-    return total / len(x)
+        return total / len(x)
 
 
 def residual(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor]) -> Tensor:
@@ -185,8 +184,8 @@ def residual(model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor
 
     Implements: eq-hessian-split
     """
-    theta, logits_of, x, y = _prepare(model, data)
-    with evaluating(model):
+    with _untouched(unwrap(model)):
+        theta, logits_of, x, y = _prepare(model, data)
         p = _logits(logits_of, theta, x, y).softmax(-1)
         error = (p - nn.functional.one_hot(y, p.shape[1])) / len(x)  # held fixed while f is differentiated
         return _second_derivative(lambda t: (error * logits_of(t, x)).sum(), theta)
@@ -224,16 +223,16 @@ def full_fisher(
 
     Implements: eq-full-fisher
     """
-    theta, logits_of, x, y = _prepare(model, data)
-    total = theta.new_zeros(len(theta), len(theta))
-    with evaluating(model):
+    with _untouched(unwrap(model)):
+        theta, logits_of, x, y = _prepare(model, data)
+        total = theta.new_zeros(len(theta), len(theta))
         for x_, y_ in _chunks(logits_of, theta, x, y):
             columns = score_columns(logits_of(theta, x_), y_, estimator, generator=generator)  # (K, n, C)
             J = _jacobian(logits_of, theta, x_)
             for column in columns:
                 scores = torch.einsum("nc,ncp->np", column, J)  # each example's √weight · score
                 total += scores.T @ scores
-    return total / len(x)
+        return total / len(x)
 
 
 def score_columns(
@@ -304,15 +303,15 @@ def _flat(model: nn.Module):
         parts = theta.split([p.numel() for p in trainable.values()])
         new = {name: part.reshape(p.shape) for part, (name, p) in zip(parts, trainable.items())}
         tensors = {place: new.get(name, held) for place, (name, held) in where.items()}
-        return functional_call(model, tensors, (x,), tie_weights=False)
+        # A copy: some models write into their input.
+        return functional_call(model, tensors, (x.clone(),), tie_weights=False)
 
     def check_weights(x: Tensor) -> None:
-        with torch.enable_grad():
-            t = theta.clone().requires_grad_()
-            logits = logits_of(t, x)
-            v = torch.linspace(1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
-            (found,) = torch.autograd.grad(logits, t, v, allow_unused=True, materialize_grads=True)
-            check_reached(found, (model(x) * v).sum(), list(trainable.values()))
+        t = theta.clone().requires_grad_()
+        logits = check_differentiable(logits_of(t, x))
+        v = torch.linspace(1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
+        (found,) = torch.autograd.grad(logits, t, v, allow_unused=True, materialize_grads=True)
+        check_reached(found, (model(x.clone()) * v).sum(), list(trainable.values()))
 
     logits_of.check_weights = check_weights
     return theta, logits_of
@@ -322,7 +321,7 @@ def _prepare(model: nn.Module, data):
     """θ, the logits' function, inputs and labels; refuses a (P, P) matrix that is too large."""
     theta, logits_of = _flat(model)
     _check_size(len(theta) ** 2, theta, f"The matrix of {len(theta):,} by {len(theta):,} parameters")
-    return theta, logits_of, *collect(data, theta)
+    return theta, logits_of, *collect(data, model)
 
 
 def _check_size(elements: int, theta: Tensor, what: str) -> None:
@@ -343,29 +342,22 @@ def batches(data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
                 bar.update(len(part[0]))
 
 
-def collect(data, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """All inputs and labels, on the device and in the type of θ."""
+def collect(data, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """All inputs and labels, as the model takes them."""
     pairs = list(batches(data, 1024))
     if not pairs:
         raise ValueError("The data holds no example: at least one is needed.")
     x, y = (torch.cat(parts) for parts in zip(*pairs))
-    return like(x, theta), whole(y, theta)
+    x = to_model(x, unwrap(model))
+    return x, whole(y, x)
 
 
-def whole(y: Tensor, theta: Tensor) -> Tensor:
-    """Labels as torch's losses and indices want them, on the device of θ."""
+def whole(y: Tensor, x: Tensor) -> Tensor:
+    """Labels as torch's losses and indices want them, on the device of x."""
     if y.is_floating_point():
         raise ValueError("The labels are floating-point numbers: give one integer per example.")
-    return _usable(y.to(theta.device, torch.int64))
-
-
-def like(x: Tensor, theta: Tensor) -> Tensor:
-    return _usable(x.to(theta.device, theta.dtype if x.is_floating_point() else None))
-
-
-def _usable(x: Tensor) -> Tensor:
-    """A copy of what was made in inference mode: autograd could not save it."""
-    return x.clone() if x.is_inference() else x
+    y = y.to(x.device, torch.int64)
+    return y.clone() if y.is_inference() else y  # autograd could not keep it
 
 
 def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -383,6 +375,8 @@ def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"The model returns shape {tuple(logits.shape)} for {examples} examples: logits (N, C) needed."
         )
+    if logits.shape[1] < 2:
+        raise ValueError("The model has one output: a softmax needs at least two classes (axis 1 of the logits).")
     if y is not None and (y.ndim != 1 or y.min() < 0 or y.max() >= logits.shape[1]):
         raise ValueError(
             f"Labels of shape {tuple(y.shape)} from {y.min()} to {y.max()} for {logits.shape[1]} classes: "
@@ -393,14 +387,22 @@ def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
     return logits
 
 
+def check_differentiable(logits: Tensor) -> Tensor:
+    if not logits.requires_grad:
+        raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
+    return logits
+
+
 def check_alone(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> None:
     """Refuses a model that finds other logits for the first example of x when it is run alone."""
     among = logits[:1].detach()
     try:
-        alone = model(x[:1]).detach()
+        alone = model(x[:1].clone()).detach()
     except Exception as error:
         raise ValueError(f"The model fails on one example alone, so it has no curvature per one: {error}") from error
-    if alone.shape != among.shape or torch.dist(alone, among) > TOLERANCE.get(among.dtype, 0.2) * among.norm():
+    # Inputs of half precision: so are the first layers, and their rounding depends on the size of the batch.
+    tolerance = max(TOLERANCE.get(t.dtype, 0.2) for t in (x, among) if t.is_floating_point())
+    if alone.shape != among.shape or torch.dist(alone, among) > tolerance * among.norm():
         raise ValueError(
             "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
             "normalisation without running statistics?) or is random in eval mode, so it has no curvature per example."
@@ -428,7 +430,7 @@ def _jacobian(logits_of, theta: Tensor, x: Tensor) -> Tensor:
         logits = logits_of(t, x_.unsqueeze(0)).squeeze(0)
         return torch.stack([torch.autograd.grad(logit, t, retain_graph=True)[0] for logit in logits])
 
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # vmap has no rule for fused attention
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for fused attention
         try:
             rows = vmap(lambda x_: jacrev(lambda t: logits_of(t, x_.unsqueeze(0)).squeeze(0))(theta))(x)
             if all(agree(rows[n], plain(x[n])) for n in {0, len(x) - 1}):
@@ -456,7 +458,7 @@ def _second_derivative(scalar, theta: Tensor) -> Tensor:
     For some layers torch.func is wrong: along one direction it is compared with plain autograd, which then stands in.
     """
     unit = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # fused attention has no second derivative
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         t = theta.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(scalar(t), t, create_graph=True)
 
@@ -474,16 +476,3 @@ def _second_derivative(scalar, theta: Tensor) -> Tensor:
         except RuntimeError:  # what it cannot do
             pass
         return torch.stack([plain(e) for e in unit])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:  # not by `eval()`, which some models override to merge weights
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -103,7 +103,7 @@ def diagonal(
         engine = _layers.Engine(model, batch_size)
         for x, y in _blocks(data):
             # Labels as long integers: an unsigned 156 would be equal to -100.
-            x, y = engine.to_model(x), y.to(engine.device, None if y.is_floating_point() else torch.long)
+            x, y = _layers.to_model(x, model), y.to(engine.device, None if y.is_floating_point() else torch.long)
             shortlist = None
             if tolerance:
                 shortlist = _Shortlist(engine, x, y, classes, tolerance)

@@ -22,7 +22,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc.fisher import _add_over_processes, _full_precision, class_index, unwrap
+from ewc._layers import to_model
+from ewc.elastic import nothing
+from ewc.fisher import _add_over_processes, _untouched, class_index, unwrap
 
 __all__ = ["KFAC", "Factors", "factors"]
 
@@ -37,6 +39,7 @@ class Factors(NamedTuple):
     G: Tensor
 
 
+@torch.inference_mode(False)  # what is made in that mode serves nobody outside it
 def factors(
     model: nn.Module,
     data: Dataset | DataLoader | tuple[Tensor, Tensor],
@@ -66,8 +69,8 @@ def factors(
 
     Args:
         model: a network that maps (N, ...) to logits (N, C), one example independent of the others; all its
-            trainable parameters belong to Linear or (ungrouped) Conv2d layers that run once. Freeze the others.
-            The pass runs in eval mode, and not compiled.
+            trainable parameters belong to Linear or (ungrouped) Conv2d layers that run once and whose output has no
+            row in common for several examples. Freeze the others. The pass runs in eval mode, and not compiled.
         data: a dataset, a loader or a pair of tensors (inputs, labels); in an initialised process group each
             rank passes its own shard, and all get the mean over all of them.
         estimator: whose labels, as in :func:`ewc.curvature.full_fisher`: ``"exact"`` (all classes, weighed by
@@ -110,12 +113,11 @@ def factors(
     }
     # Examples, then each layer's rows; counted on the host, so that no batch has to wait for the device.
     counts = torch.zeros(1 + len(layers), dtype=kind)
-    exact = _full_precision(recurrent=False)
-    with torch.inference_mode(False), torch.enable_grad(), exact, curvature.evaluating(model), _uncompiled(model):
+    with _untouched(model), _uncompiled(model):
         for x, y in curvature.batches(data, batch_size):
-            x, y = curvature.like(x, weight), curvature.whole(y, weight)
-            with _recorded(layers) as records:
-                logits = curvature.check(model(x), len(x), y)
+            x, y = to_model(x, model), curvature.whole(y, weight)
+            with _recorded(layers) as records:  # and on a copy, as some models write into their input
+                logits = curvature.check_differentiable(curvature.check(model(x.clone()), len(x), y))
             if not counts[0]:
                 curvature.check_alone(model, x, logits)
             outputs = [_one_output(name, layers[name], records[name]) for name in layers]
@@ -124,7 +126,7 @@ def factors(
                 logits, y = _among(classes, logits, y)
             columns = curvature.score_columns(logits, y, estimator, generator=generator)
             if not counts[0]:
-                _rehearse(layers, records, logits)
+                _rehearse(layers, records, logits, setting)
             for a, total in zip(inputs, sums.values()):
                 total.A.addmm_(a.T.to(kind), a.to(kind))
             for column in columns:
@@ -136,7 +138,7 @@ def factors(
                     if setting == "reduce":
                         d = _by_example(name, d, len(x)).sum(1)
                     else:
-                        d = d.flatten(0, -2)
+                        d = d.reshape(-1, d.shape[-1])
                     total.G.addmm_(d.T.to(kind), d.to(kind))
             counts += torch.tensor([len(x), *map(len, inputs)])
     counts = counts.to(weight.device)
@@ -288,10 +290,10 @@ class KFAC:
             if not anchor.isfinite().all():
                 raise ValueError(f"Parameter {name!r} is not finite: an anchor has to be; go back to sound weights.")
         if self.keep == "pooled" and self.tasks:
-            share, (old,) = 1 / (self.count + 1), self.tasks
-            new = {name: Factors(A.lerp(new[name].A, share), G + new[name].G) for name, (A, G) in old.items()}
+            share, (old,) = 1 / (self.count + 1), self.tasks  # perhaps of another precision than the new ones
+            new = {name: Factors(A + share * (new[name].A - A), G + new[name].G) for name, (A, G) in old.items()}
             self.tasks = []
-        self.tasks.append(new)
+        self.tasks = [*self.tasks, new]  # a copy of the memory goes on with its own list
         self.count += 1
         self.theta_star = anchors
         self._bases = {}
@@ -308,7 +310,7 @@ class KFAC:
         Implements: eq-kfac-penalty
         """
         model = unwrap(model)
-        total = next(model.parameters(), torch.zeros(())).new_zeros(())
+        total = nothing(model)
         for name, layer in self._layers(model).items():
             delta = _matrix(layer) - self._anchor(name)
             total = total + (delta * self._curved(name, delta)).sum()
@@ -562,8 +564,8 @@ def _kronecker_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _uncompiled(model: nn.Module):
-    """What ``Module.compile`` compiled ignores new hooks: such a model runs as it was written."""
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    """What was compiled, or a part of it, ignores new hooks: such a model runs as it was written."""
+    compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
@@ -594,6 +596,11 @@ def _one_output(name: str, layer: nn.Module, record: list[tuple[Tensor, Tensor]]
             f"Layer {name!r} ({type(layer).__name__}) ran {len(record)} times in one pass; K-FAC needs "
             "it to run once, through its own forward. Freeze it or use EWC."
         )
+    if not record[0][1].requires_grad:
+        raise ValueError(
+            f"Layer {name!r} ({type(layer).__name__}) runs without a gradient (is there a no_grad?). Freeze it or "
+            "use EWC."
+        )
     return record[0][1]
 
 
@@ -605,7 +612,7 @@ def _rows(name: str, layer: nn.Module, x: Tensor, examples: int, setting: str) -
         x = functional.unfold(
             x, layer.kernel_size, layer.dilation, stride=layer.stride
         ).mT  # (N, positions, inputs)
-    x = _by_example(name, x, examples).mean(1) if setting == "reduce" else x.flatten(0, -2)
+    x = _by_example(name, x, examples).mean(1) if setting == "reduce" else x.reshape(-1, x.shape[-1])
     return x if layer.bias is None else functional.pad(x, (0, 1), value=1.0)
 
 
@@ -616,7 +623,7 @@ def _positions(layer: nn.Module, delta: Tensor) -> Tensor:
 
 def _by_example(name: str, x: Tensor, examples: int) -> Tensor:
     """(N, ..., features) as (N, positions, features)."""
-    if len(x) != examples:
+    if x.dim() < 2 or len(x) != examples:
         raise ValueError(
             f"Layer {name!r} sees shape {tuple(x.shape)} for {examples} examples: setting 'reduce' needs the "
             "examples on the first axis. Use 'expand'."
@@ -624,21 +631,38 @@ def _by_example(name: str, x: Tensor, examples: int) -> Tensor:
     return x.reshape(examples, -1, x.shape[-1])
 
 
-def _rehearse(layers, records, logits: Tensor) -> None:
-    """Refuses a layer whose δaᵀ is not the gradient that autograd finds: its weight is used elsewhere too."""
+def _rehearse(layers, records, logits: Tensor, setting: str) -> None:
+    """Refuses a layer whose δaᵀ is not the gradient that autograd finds: its weight is used elsewhere too.
+
+    And one whose output has a row, or for "reduce" a place on the first axis, that belongs to several examples: G would
+    be of the sum of their δ.
+    """
     # Any column but a score's: these add up to zero where the model finds all classes alike.
-    column = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+    column = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(logits)
     outputs = [records[name][0][1] for name in layers]
     weights = [layer.weight for layer in layers.values()]
     found = torch.autograd.grad(logits, outputs + weights, column, retain_graph=True, materialize_grads=True)
-    for (name, layer), delta, gradient in zip(layers.items(), found, found[len(layers) :]):
+    alone = functional.pad(column[:1], (0, 0, 0, len(column) - 1))  # the first example's part of it
+    firsts = torch.autograd.grad(logits, outputs, alone, retain_graph=True, materialize_grads=True)
+    for (name, layer), delta, gradient, first in zip(layers.items(), found, found[len(layers) :], firsts):
+        what, slack = f"Layer {name!r} ({type(layer).__name__})", torch.finfo(gradient.dtype).eps ** 0.5
+        delta, first = _positions(layer, delta), _positions(layer, first)
         a = _rows(name, layer, records[name][0][0], len(logits), "expand")[:, : gradient[0].numel()]
-        product = _positions(layer, delta).flatten(0, -2).T @ a
-        error, slack = (product - gradient.flatten(1)).norm(), torch.finfo(gradient.dtype).eps ** 0.5
-        if not error <= slack * gradient.norm():
+        product = delta.reshape(-1, delta.shape[-1]).T @ a
+        if not (product - gradient.flatten(1)).norm() <= slack * gradient.norm():
             raise ValueError(
-                f"Layer {name!r} ({type(layer).__name__}) does more with its weight than multiply its "
-                "input, so it has no Kronecker form. Freeze it or use EWC."
+                f"{what} does more with its weight than multiply its input, so it has no Kronecker form. Freeze it or "
+                "use EWC."
+            )
+        both = torch.stack([first, delta - first])
+        both = both.flatten(2) if setting == "reduce" else both.reshape(2, -1, both.shape[-1])
+        sizes = both.norm(dim=2)
+        if sizes.amin(0).norm() > slack * sizes.norm(dim=1).min():
+            raise ValueError(
+                f"{what} shares an output row between examples: K-FAC has no form for it; freeze it or use EWC."
+                if setting == "expand"
+                else f"{what} shares a place on its output's first axis between examples: setting 'reduce' needs the "
+                "examples there. Use 'expand'."
             )
 
 

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc.fisher import unwrap
+from ewc._layers import to_model
+from ewc.fisher import _untouched, unwrap
 
 __all__ = ["Laplace", "fit", "network", "predict"]
 
@@ -203,6 +204,7 @@ def _positive_definite(precision: Tensor, last: Tensor, theta: Tensor) -> Tensor
     return precision
 
 
+@torch.inference_mode(False)  # what is made in that mode serves nobody outside it
 def network(
     model: nn.Module, data: Dataset | DataLoader | tuple[Tensor, Tensor], prior_precision: float = 1.0
 ) -> Laplace:
@@ -235,10 +237,10 @@ def network(
         if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
             raise ValueError(f"Parameter {name!r} is {p.dtype}: a Gaussian needs more digits; use model.float().")
     ggn = curvature.gauss_newton(model, data)
-    x, y = curvature.collect(data, ggn)
     mode = curvature.vector(model, dict(model.named_parameters())).detach()
-    with curvature.evaluating(model), torch.no_grad():
-        log_likelihood = -cross_entropy(model(x), y, reduction="sum")
+    with _untouched(model), torch.no_grad():
+        x, y = curvature.collect(data, model)
+        log_likelihood = -cross_entropy(model(x.clone()), y, reduction="sum")
     log_prior = (
         math.log(prior_precision / (2 * math.pi)) * len(mode) - prior_precision * mode.square().sum()
     ) / 2
@@ -291,18 +293,18 @@ def predict(
         raise ValueError(
             "The model's trainable weights are not the posterior's mode: load or train them first."
         )
-    J = curvature.jacobian(model, inputs)
-    with curvature.evaluating(model), torch.no_grad():
-        logits = model(inputs.to(weights.device, weights.dtype if inputs.is_floating_point() else None))
-    if method == "probit":
-        covariance = J @ posterior.covariance @ J.mT
-        variance = covariance.diagonal(dim1=1, dim2=2)
-        between = variance.unsqueeze(2) + variance.unsqueeze(1) - 2 * covariance
-        gaps = (logits.unsqueeze(1) - logits.unsqueeze(2)) / (1 + math.pi / 8 * between).sqrt()
-        return (-gaps.logsumexp(2)).softmax(-1)
-    if method == "sampled":
-        if samples < 1:
-            raise ValueError(f"The mean needs at least one sample; got samples={samples!r}.")
-        deviation = posterior.sample(samples, generator=generator) - posterior.mode
-        return (logits + torch.einsum("ncp,sp->snc", J, deviation)).softmax(-1).mean(0)
+    with _untouched(model), torch.no_grad():  # the products, too, in full precision
+        J = curvature.jacobian(model, inputs)
+        logits = model(to_model(inputs, model).clone())
+        if method == "probit":
+            covariance = J @ posterior.covariance @ J.mT
+            variance = covariance.diagonal(dim1=1, dim2=2)
+            between = variance.unsqueeze(2) + variance.unsqueeze(1) - 2 * covariance
+            gaps = (logits.unsqueeze(1) - logits.unsqueeze(2)) / (1 + math.pi / 8 * between).sqrt()
+            return (-gaps.logsumexp(2)).softmax(-1)
+        if method == "sampled":
+            if samples < 1:
+                raise ValueError(f"The mean needs at least one sample; got samples={samples!r}.")
+            deviation = posterior.sample(samples, generator=generator) - posterior.mode
+            return (logits + torch.einsum("ncp,sp->snc", J, deviation)).softmax(-1).mean(0)
     raise ValueError(f"Unknown method {method!r}: use 'probit' or 'sampled'.")

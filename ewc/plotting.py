@@ -97,7 +97,8 @@ def show(fig: Figure, *, alt: str) -> Picture:
 
     alt = _described(alt)
     for line in fig.findobj(Line2D):
-        if line.get_markevery() == SPACING and len(line.get_xdata()) <= FEW:
+        every = line.get_markevery()  # or a list, or an array
+        if isinstance(every, float) and every == SPACING and len(line.get_xdata()) <= FEW:
             line.set_markevery(None)
     png, svg = io.BytesIO(), io.StringIO()
     fig.savefig(png, format="png", dpi=110, facecolor="white")

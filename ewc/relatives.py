@@ -18,9 +18,9 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc._layers import recurrent
+from ewc._layers import recurrent, to_model
 from ewc.elastic import EWC
-from ewc.fisher import _add_over_processes, _full_precision, class_index, unwrap
+from ewc.fisher import _add_over_processes, _untouched, class_index, unwrap
 
 __all__ = ["L2", "MemoryAwareSynapses", "SynapticIntelligence"]
 
@@ -273,7 +273,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
 
     def size(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         tensors = {place: parameters.get(name, held) for place, (name, held) in places.items()}
-        return _chosen(functional_call(model, tensors, (x.unsqueeze(0),), tie_weights=False), classes).square().sum()
+        return _chosen(functional_call(model, tensors, (x.unsqueeze(0).clone(),), tie_weights=False), classes).square().sum()
 
     total = {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in trainable.items()
@@ -282,19 +282,18 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     chunk = max(1, 2**24 // sum(p.numel() for p in trainable.values()))  # at most 2²⁴ gradients at once
     batched = recurrent(model)
     several = None
-    exact = _full_precision(batched)
-    with torch.enable_grad(), exact, curvature.evaluating(model):
+    with _untouched(model):
         for x, _ in curvature.batches(data, max(16, chunk)):
-            x = curvature.like(x, first)
+            x = to_model(x, model)
             if several is None:  # once: do the first few examples come out as they do alone?
                 with torch.no_grad():
-                    several = model(x[:16])
+                    several = model(x[:16].clone())  # some models write into their input
                 if not isinstance(several, Tensor):
                     raise ValueError(f"The model returned a {type(several).__name__}: it must return one tensor.")
                 curvature.check_alone(model, x[:16], several)
                 alone = grad(size)(trainable, x[0])
                 own = [p for name, p in model.named_parameters() if name in trainable]
-                value = _chosen(model(x[:1]), classes).square().sum()
+                value = _chosen(model(x[:1].clone()), classes).square().sum()
                 curvature.check_reached(torch.cat([g.flatten() for g in alone.values()]), value, own)
             for part in x.split(chunk):
                 weights = {n: p.expand(len(part), *p.shape) for n, p in trainable.items()} if batched else trainable

@@ -26,7 +26,7 @@ from . import _checkpoint, curvature
 from ._layers import recurrent
 from ._memories import Kronecker, Single, Stacked
 from .elastic import EWC
-from .fisher import IGNORED, _add_over_processes, _distributed, _progress, unwrap
+from .fisher import IGNORED, _add_over_processes, _distributed, _progress, evaluating, unwrap
 from .kfac import KFAC
 from .metrics import _right, accuracy
 from .relatives import SynapticIntelligence
@@ -271,7 +271,7 @@ def sweep(
 
     def evaluate() -> list[dict[str, float]]:
         rows = [{} for _ in models]
-        with curvature.evaluating(base), torch.no_grad():
+        with evaluating(base), torch.no_grad():
             for t in watch:
                 xt, yt = t.test.tensors
                 hits = sum(_right(t.masked(logits(a, None), b), b).sum(1)
@@ -650,7 +650,7 @@ def _orders(seeds: Sequence[int], n: int, device: torch.device, *, stacked: bool
 def _idle(model: nn.Module, x: Tensor) -> bool:
     """Has a weight that is trained no part in the output, such as one of a head that is not in use?"""
     weights = [p for p in model.parameters() if p.requires_grad]
-    with curvature.evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         output = model(x[:2])
     return any(g is None for g in torch.autograd.grad(output.sum(), weights, allow_unused=True))
 
@@ -677,7 +677,7 @@ def _check(model: nn.Module, task: Task, watch: Sequence[Task] = (), positions: 
         raise ValueError(f"watch needs tasks of different names, under which it records their accuracies; got {names}.")
     x = task.train.tensors[0][:2]
     model = unwrap(model.to(x.device))
-    with curvature.evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         try:
             logits = model(x)
         except Exception:  # a model that asks for more examples, or for training mode; the training will tell

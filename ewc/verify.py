@@ -254,10 +254,10 @@ def _spot_check(residual: Any) -> str:
         point[symbol] = -value if symbol.is_negative else value
     try:
         value = sp.simplify(residual.subs(point))
-        vanishes = bool(
-            value.is_zero_matrix if getattr(value, "is_Matrix", False) else abs(sp.N(value)) < 1e-12
-        )
-    except (TypeError, ValueError):
+        sizes = [abs(entry) for entry in (value if getattr(value, "is_Matrix", False) else [value])]
+        # Not comparable: a number, such as an integral, of which no digit is certain.
+        vanishes = all(sp.N(size) < 1e-12 or not size.is_comparable for size in sizes)
+    except (TypeError, ValueError, RecursionError):
         return "Give the symbols assumptions (positive=True, integer=True) and try again."
     where = ", ".join(f"{s} = {v}" for s, v in point.items()) or "every point"
     if vanishes:

@@ -480,3 +480,88 @@ def test_a_parameter_that_a_hook_holds_is_refused():
     for quantity in (curvature.hessian, curvature.gauss_newton, curvature.full_fisher, curvature.residual):
         with pytest.raises(ValueError, match="reached other than through their modules"):
             quantity(model, data)
+
+
+FUNCTIONS = {
+    "hessian": curvature.hessian,
+    "gauss_newton": curvature.gauss_newton,
+    "residual": curvature.residual,
+    "full_fisher": curvature.full_fisher,
+    "jacobian": lambda model, data: curvature.jacobian(model, data[0]),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_mode_outside_does_not_matter(mode, function, data):
+    model, data = network().float(), (data[0].float(), data[1])
+    expected = function(model, data)
+    with mode():
+        found = function(model, tuple(part.clone() for part in data))
+    assert torch.equal(found, expected) and not found.is_inference()
+
+
+class Backbone(nn.Module):
+    """A frozen backbone in half precision and a head in single precision."""
+
+    def __init__(self, kind, first):
+        super().__init__()
+        if first == "head":
+            self.head = nn.Linear(5, 3)
+        self.backbone = nn.Linear(3, 5).to(kind).requires_grad_(False)
+        if first == "backbone":
+            self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.backbone(x)).float())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", ["backbone", "head"])
+def test_a_frozen_backbone_in_half_precision(first, kind, function, data):
+    torch.manual_seed(0)
+    model, (x, y) = Backbone(kind, first), data
+    found = function(model, (x.float(), y))
+    assert found.dtype == torch.float32
+    close(found, function(model.head, (torch.tanh(model.backbone(x.to(kind))).float(), y)), rtol=1e-2)
+
+
+def test_the_rounding_of_half_precision_does_not_count_as_mixing():
+    """Of a sum in another order, as a batch of another size has it."""
+    for kind in (torch.float16, torch.bfloat16):
+        curvature.check_alone(lambda x: torch.full((1, 3), 1.01), torch.zeros(2, 4, dtype=kind), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="when it is run alone"):
+        curvature.check_alone(lambda x: torch.full((1, 3), 1.01), torch.zeros(2, 4), torch.ones(2, 3))
+
+
+class Overwriting(nn.Sequential):
+    """Leaves its mark on its input and on itself."""
+
+    def forward(self, x):
+        self.seen = x.sub_(0.5)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_model_that_writes_into_its_input(function, data):
+    layer, (x, y) = network(), data
+    model, before = Overwriting(layer), x.clone()
+    found = function(model, (x, y))
+    assert torch.equal(x, before) and not hasattr(model, "seen")
+    close(found, function(layer, (x - 0.5, y)))
+
+
+class Ungraded(nn.Sequential):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_models_without_a_softmax_or_a_gradient_are_named(function, data):
+    with pytest.raises(ValueError, match="The model has one output: a softmax needs at least two classes"):
+        function(nn.Linear(3, 1).double(), (data[0], torch.zeros_like(data[1])))
+    for model in (Ungraded(network()), nn.Sequential(Ungraded(network()), nn.Softplus())):
+        with pytest.raises(ValueError, match=r"do not depend on any parameter .*\(is there a no_grad\?\)"):
+            function(model, data)

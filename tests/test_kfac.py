@@ -1151,3 +1151,166 @@ def test_a_step_of_another_shape_is_refused():
     step = {n: torch.full(p.shape[-1:], 0.1) for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"step of '0.weight' has shape \(3,\), the parameter \(4, 3\)"):
         memory.pull(model, step)
+
+
+class Named(nn.Module):
+    """Compares each example with what a layer makes of a constant, as CLIP does with the names of the classes."""
+
+    def __init__(self, layer, *shape):
+        super().__init__()
+        self.image, self.layer = nn.Linear(4, 5), layer
+        self.register_buffer("names", torch.randn(shape))
+
+    def forward(self, x):
+        return self.image(x) @ self.layer(self.names).reshape(-1, 5).T
+
+
+@pytest.mark.parametrize("setting", kfac.SETTINGS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Named(nn.Linear(2, 5), 3, 2),
+        lambda: Named(nn.Linear(2, 5), 6, 2),  # as many rows as examples
+        lambda: Named(nn.Linear(2, 15), 2),  # no axis besides the features
+        lambda: Named(nn.Conv2d(2, 5, 1), 1, 2, 3, 1),
+    ],
+)
+def test_an_output_that_examples_share_is_refused(make, setting):
+    torch.manual_seed(0)
+    data = torch.randn(6, 4), torch.arange(6) % CLASSES
+    message = "'reduce' needs the" if setting == "reduce" else "shares an output row between examples"
+    with pytest.raises(ValueError, match=f"Layer 'layer'.*{message}"):
+        kfac.factors(make(), data, setting=setting)
+
+
+def test_an_output_for_one_example_at_a_time_is_not_shared():
+    torch.manual_seed(0)
+    model, x = Named(nn.Linear(2, 5), 3, 2).double(), torch.randn(6, 4, dtype=F64)
+    expected = definition(model, x, lambda i, p: list(enumerate(p)), "expand")["layer"]
+    for found, matrix in zip(kfac.factors(model, (x, torch.arange(6) % CLASSES), batch_size=1)["layer"], expected):
+        close(found, matrix)
+
+
+class Sorted(Sequence):
+    """Hands its layer the examples in another order."""
+
+    def forward(self, x):
+        order = x[:, 0, 0].argsort()
+        return super().forward(x[order])[order.argsort()]
+
+
+def test_reduce_minds_where_the_examples_are_and_not_their_order():
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 5, 3, dtype=F64), torch.arange(5) % CLASSES
+    with pytest.raises(ValueError, match="Layer 'layer'.*'reduce' needs the examples there. Use 'expand'"):
+        kfac.factors(TimeFirst().double(), (x, y), setting="reduce")  # as many positions as examples
+    model, model_sorted = Sequence().double(), Sorted().double()
+    model_sorted.load_state_dict(model.state_dict())
+    expected = kfac.factors(model, (x, y), setting="reduce")
+    for name, pair in kfac.factors(model_sorted, (x, y), setting="reduce").items():
+        close(pair.A, expected[name].A)
+        close(pair.G, expected[name].G)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_factors_in_inference_mode(mode):
+    model, data = build("mlp")
+    with mode():
+        found = kfac.factors(model, data)
+    for name, pair in kfac.factors(model, data).items():
+        assert torch.equal(found[name].G, pair.G) and not found[name].G.is_inference()
+
+
+class Backbone(nn.Module):
+    """A frozen backbone in half precision below a head in single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(4, 5).bfloat16().requires_grad_(False), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.backbone(x)).float())
+
+
+def test_a_frozen_backbone_in_half_precision():
+    torch.manual_seed(0)
+    model, x, y = Backbone(), torch.randn(6, 4), torch.arange(6) % CLASSES
+    expected = kfac.factors(model.head, (torch.tanh(model.backbone(x.bfloat16())).float(), y))[""]
+    for found, matrix in zip(kfac.factors(model, (x, y))["head"], expected):
+        assert found.dtype == torch.float32
+        close(found, matrix, rtol=1e-2)
+
+
+def test_a_model_with_a_compiled_part_is_the_same_model():
+    model, data = build("mlp")
+    expected = kfac.factors(model, data)
+    model = nn.Sequential(torch.compile(model[:2], backend="eager"), model[2])
+    model(data[0])  # what is compiled now knows of no hook
+    for found, pair in zip(kfac.factors(model, data).values(), expected.values(), strict=True):
+        close(found.A, pair.A)
+        close(found.G, pair.G)
+
+
+class Overwriting(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+def test_a_model_that_writes_into_its_input():
+    model, (x, y) = build("mlp")
+    before, rectified = x.clone(), nn.Sequential(nn.ReLU(inplace=True), model)
+    for writing, seen in ((Overwriting(model), x - 0.5), (rectified, x.relu())):
+        expected = kfac.factors(model, (seen, y))
+        for found, pair in zip(kfac.factors(writing, (x, y)).values(), expected.values(), strict=True):
+            close(found.A, pair.A)
+            close(found.G, pair.G)
+        assert torch.equal(x, before)
+
+
+class Ungraded(nn.Sequential):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: nn.Linear(4, 1), "The model has one output: a softmax needs at least two classes"),
+        (lambda: Ungraded(nn.Linear(4, 3)), r"do not depend on any parameter .*\(is there a no_grad\?\)"),
+        (lambda: nn.Sequential(Ungraded(nn.Linear(4, 3)), nn.Linear(3, 3)), "Layer '0.0' .* runs without a gradient"),
+    ],
+)
+def test_models_without_a_softmax_or_a_gradient_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        kfac.factors(make(), (torch.randn(6, 4), torch.zeros(6, dtype=torch.long)))
+
+
+def test_a_pooled_memory_goes_on_in_another_precision():
+    (model, data), memories = build("mlp"), (KFAC(1.0, keep="pooled"), KFAC(1.0, keep="pooled"))
+    for memory, first in zip(memories, (torch.float32, F64)):
+        for kind in (first, F64):
+            memory.consolidate(model.to(kind), data)
+    pair, expected = (memory.tasks[0]["0"] for memory in memories)
+    close(pair.A, expected.A, rtol=1e-6)
+    close(pair.G, expected.G, rtol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["each", "pooled"])
+def test_a_shallow_copy_consolidates_by_itself(keep):
+    memory, _ = consolidated(keep=keep)
+    before = memory.state_dict()
+    other = copy.copy(memory)
+    other.consolidate(*build("mlp", seed=1))
+    assert memory.count == 1 and len(memory.tasks) == 1 and other.count == 2
+    assert memory.state_dict()["tasks"] == before["tasks"]
+    KFAC(1.0).load_state_dict(other.state_dict())
+
+
+def test_the_penalty_before_the_first_task_has_a_gradient_of_zero():
+    model = mlp()
+    memory = KFAC(3.0)
+    penalty = memory.penalty(model)
+    penalty.backward()
+    assert penalty.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

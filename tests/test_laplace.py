@@ -335,3 +335,35 @@ def test_a_wrapped_network_is_the_same_network(trained):
     q = laplace.network(nn.DataParallel(model), (x, y))
     assert torch.equal(q.precision, laplace.network(model, (x, y)).precision)
     assert torch.equal(laplace.predict(nn.DataParallel(model), q, x), laplace.predict(model, q, x))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_mode_outside_does_not_matter(mode, trained):
+    model, data = nn.Sequential(nn.Linear(2, 3)), (trained[1].float(), trained[2])
+
+    def results(x, y):
+        q = laplace.network(model, (x, y))
+        seeded = {"samples": 5, "generator": torch.Generator().manual_seed(0)}
+        predicted = laplace.predict(model, q, x), laplace.predict(model, q, x, "sampled", **seeded)
+        return q.mode, q.precision, q.log_density, *predicted
+
+    expected = results(*data)
+    with mode():
+        found = results(*(part.clone() for part in data))
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other) and not one.is_inference()
+
+
+def test_a_network_that_writes_into_its_input(trained):
+    class Centred(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    layer, x, y, _ = trained
+    model, before = Centred(layer), x.clone()
+    q, expected = laplace.network(model, (x, y)), laplace.network(layer, (x - 0.5, y))
+    assert q.log_density == expected.log_density and torch.equal(q.precision, expected.precision)
+    assert torch.equal(laplace.predict(model, q, x), laplace.predict(layer, expected, x - 0.5))
+    assert torch.equal(x, before)
+    with pytest.raises(ValueError, match="The model has one output"):
+        laplace.network(nn.Linear(2, 1).double(), (x, torch.zeros_like(y)))

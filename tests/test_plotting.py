@@ -153,6 +153,7 @@ def test_a_line_of_few_points_shows_each_of_them(points, every):
     fig, ax = plotting.figure()
     line, _, _ = ax.errorbar(range(points), range(points), 1)
     asked, = ax.plot(range(points), markevery=2)
+    chosen, = ax.plot(range(points), markevery=np.array([0, -1]))
     plotting.show(fig, alt="A line with some points and their error bars.")
     assert line.get_markevery() == every
-    assert asked.get_markevery() == 2  # what a chapter asks for stays
+    assert asked.get_markevery() == 2 and chosen.get_markevery().tolist() == [0, -1]  # what a chapter asks for stays

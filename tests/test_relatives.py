@@ -616,3 +616,14 @@ def test_mas_in_inference_mode_and_under_autocast():
     for memory in memories[1:]:
         for name, value in memory.fisher.items():
             assert torch.equal(value, memories[0].fisher[name])
+
+
+def test_mas_of_a_model_that_writes_into_its_input():
+    body, (x, y) = network(), batch()
+    model, before = nn.Sequential(nn.ReLU(inplace=True), *body), x.clone()
+    memory, expected = MemoryAwareSynapses(1.0), MemoryAwareSynapses(1.0)
+    memory.consolidate(model, (x, y))
+    assert torch.equal(x, before)
+    expected.consolidate(body, (x.relu(), y))
+    for value, other in zip(memory.fisher.values(), expected.fisher.values()):
+        close(value, other)

@@ -15,6 +15,7 @@ P = sp.symbols("p", positive=True)
 N = sp.symbols("n", integer=True, positive=True)
 LOGITS = sp.symbols("f0:3", real=True)
 SOFTMAX = [sp.exp(f) / sum(map(sp.exp, LOGITS)) for f in LOGITS]
+ONE = sp.Sum(N**-N, (N, 1, sp.oo)) - sp.Sum(N**-N, (N, 2, sp.oo))  # which SymPy does not find
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,22 @@ def test_exact_proves_what_is_equal(lines, capsys):
             "vanishes at z = 1/5, so it may be 0: give the symbols",
         ),
         ((sp.Function("g")(X), X), "assumptions"),
+        # SymPy goes round in circles.
+        ((sp.Function("g")(X).diff(X).subs(X, 0), 0), "assumptions"),
+        ((ONE, 1), "vanishes at every point, so it may be 0"),
+        ((sp.Matrix([ONE, X]), sp.Matrix([1, X])), "vanishes at every point, so it may be 0"),
+        ((sp.Matrix([ONE, X]), sp.Matrix([2, X])), "so the equation is wrong"),
     ],
 )
 def test_exact_refuses_what_it_cannot_prove(lines, message):
     with pytest.raises(VerificationError, match=message):
         verify.exact("eq-false", *lines)
+
+
+def test_a_number_without_a_certain_digit_is_no_refutation():
+    """Such as SymPy has for some integrals: 9e-6, of which it knows that all digits may be wrong."""
+    for size, message in ((sp.Float("9e-6", precision=1), "may be 0"), (sp.Float("9e-6"), "is wrong")):
+        assert message in verify._spot_check(size) and message in verify._spot_check(sp.Matrix([0, size]))
 
 
 @pytest.mark.parametrize(
