@@ -20,7 +20,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -97,6 +97,25 @@ def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
 def recurrent(model: nn.Module) -> bool:
     """Whether there is a layer that writes in place into states, which vmap takes for shared unless weights are batched."""
     return any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+
+
+def run_alone(model: Callable[[Tensor], Tensor], x: Tensor, among: Tensor | None = None) -> Tensor:
+    """The logits of one example; refuses a model that fails on one, or found others for it ``among`` more examples."""
+    try:
+        logits = model(x)
+    except Exception as error:
+        raise ValueError(f"The model fails on one example alone, so it has no gradient per example: {error}") from error
+    if among is None:
+        return logits
+    # Inputs of half precision: so are the first layers, and their rounding depends on the size of the batch.
+    tolerance = max(TOLERANCE.get(t.dtype, 0.2) for t in (x, among) if t.is_floating_point())
+    if logits.shape != among.shape or torch.dist(logits.detach(), among.detach()) > tolerance * among.norm():
+        raise ValueError(
+            "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
+            "normalisation without running statistics? examples not on the first axis?) or is random in eval mode, so "
+            "it has no gradient per example."
+        )
+    return logits
 
 
 # ---- recording ------------------------------------------------------------------------------------------------------
@@ -373,14 +392,7 @@ class Engine:
         params = [self.wanted[n] for n in names]
         x = x.clone() if self.overwrites else x
         for i in range(len(x) if names else 0):
-            try:
-                one = self.model(x[i : i + 1])
-            except Exception as error:
-                raise ValueError(
-                    f"The model fails on one example alone, so it has no Fisher information per example: {error}"
-                ) from error
-            if z is not None:
-                self._check_alone(one, z[i : i + 1])
+            one = run_alone(self.model, x[i : i + 1], None if z is None else z[i : i + 1])
             for k in range(len(vectors)):
                 v, last = vectors[k][i : i + 1], k == len(vectors) - 1
                 try:
@@ -395,60 +407,33 @@ class Engine:
                     torch._foreach_addcmul_([sums[n] for n in known], wide, wide)
         return sums
 
-    def _check_alone(self, one: Tensor, among: Tensor) -> None:
-        if one.shape != among.shape:
-            raise ValueError(
-                f"For one example the model returned shape {tuple(one.shape)} instead of {tuple(among.shape)}; "
-                "the first axis of inputs and logits must be that of the examples."
-            )
-        if torch.dist(one.detach(), among) > TOLERANCE.get(among.dtype, 0.2) * among.norm():
-            raise ValueError(
-                "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
-                "normalisation without running statistics? examples not on the first axis?) or is random in eval "
-                "mode, so it has no Fisher information per example."
-            )
-
-    def _rehearse(self, x: Tensor) -> None:
-        """Compares every closed form with plain autograd on a few examples and a random vector; keeps those that agree."""
+    def _rehearse(self, x: Tensor) -> set[str]:
+        """Compares every closed form with plain autograd on a few examples and a random vector; returns the refused."""
         x = self._different(x)
         z, calls = record(self.model, x.clone() if self.overwrites else x, self.names)
         v = self._noise(z, 1)
         owners, *_ = closed_calls(z, calls, self.names)
         fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
         truth = self._one_by_one(list(self.wanted), x, v, z.detach())
-        wrong, doubtful, size = self._compared(fast, truth)
+        wrong, size = self._compared(fast, truth, lambda twin: twin._rehearse(to_model(x, twin.model)))
         self.refused |= wrong
-        if doubtful and self.dtype != torch.float64:
-            try:
-                twin = self._in_double()
-                twin._rehearse(to_model(x, twin.model))
-                doubtful &= twin.refused
-            except Exception:  # a model that cannot be copied or converted
-                pass
-            self.refused |= doubtful
         for name in fast.keys() - self.refused:
             if size[name]:  # zeros prove nothing: look again at the next chunk
                 mark = tuple(c.signature(len(x)) for c in owners[name])
                 self.trusted.setdefault(name, set()).add(mark)
         self.rehearsed = max(self.rehearsed, len(x))
+        return self.refused
 
-    def _rehearse_func(self, names: list[str], x: Tensor) -> None:
+    def _rehearse_func(self, names: list[str], x: Tensor) -> set[str]:
         """The same for torch.func. Several vectors, since it can be right with one and wrong with many."""
         x, shape = self._different(x), x.shape[1:]
         v = self._noise(record(self.model, x.clone(), {})[0].detach(), 3)
         truth = self._one_by_one(list(self.wanted), x, v)  # all: a gradient of rounding is judged against the others
         found = self._per_example(names, x, v, 1)
-        wrong, doubtful, size = self._compared(found, truth)
+        wrong, size = self._compared(found, truth, lambda twin: twin._rehearse_func(names, to_model(x, twin.model)))
         self.looped |= wrong
-        if doubtful and self.dtype != torch.float64:
-            try:
-                twin = self._in_double()
-                twin._rehearse_func(names, to_model(x, twin.model))
-                doubtful &= twin.looped
-            except Exception:  # as above
-                pass
-            self.looped |= doubtful
         self.proven |= {(name, shape) for name in found.keys() - self.looped if size[name]}
+        return self.looped
 
     def _different(self, x: Tensor) -> Tensor:
         """A few examples that are not alike, so that to mix them would show."""
@@ -461,10 +446,13 @@ class Engine:
         random = torch.Generator().manual_seed(0)
         return list(torch.randn((count, *z.shape), generator=random, device="cpu").to(z.device, z.dtype))
 
-    def _compared(self, values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[set[str], set[str], dict[str, float]]:
-        """The names that differ from the truth; those that a twin in double precision must judge; their sizes.
+    def _compared(
+        self, values: dict[str, Tensor], truth: dict[str, Tensor], again: Callable[[Engine], set[str]]
+    ) -> tuple[set[str], dict[str, float]]:
+        """The names that differ from the truth, and the sizes.
 
-        The latter agree only in being small beside the others, or differ in half precision.
+        What agrees only in being small beside the others, or differs in half precision, is compared ``again`` by a twin in
+        double precision.
         """
         size = dict(zip(truth, numbers(torch._foreach_norm(list(truth.values())))))
         scale = max(size[name] / math.sqrt(max(1, t.numel())) for name, t in truth.items())
@@ -481,7 +469,13 @@ class Engine:
             # In half precision the truth itself may be lost in rounding; NaN is wrong in any.
             close = distance < math.inf if dtype not in TOLERANCE else distance <= near + floor
             (doubtful if close else wrong).add(name)
-        return wrong, doubtful, size
+        if doubtful and self.dtype != torch.float64:
+            try:
+                doubtful &= again(self._in_double())
+            except Exception:  # a model that cannot be copied or converted
+                pass
+            wrong |= doubtful
+        return wrong, size
 
     def _in_double(self) -> Engine:
         """The same in double precision, where a small gradient is not lost in rounding."""

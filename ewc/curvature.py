@@ -14,7 +14,7 @@ parameters, one that mixes the examples of a batch or is random in eval mode, an
 single class or without a gradient, and TypeError for data of another kind.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from ewc._layers import TOLERANCE, places, to_model
-from ewc.fisher import _blocks, _length, _progress, _untouched, unwrap
+from ewc._layers import TOLERANCE, places, run_alone, to_model
+from ewc.fisher import _blocks, _length, _progress, _untouched, check_estimator, unwrap
 
 __all__ = [
     "blocks",
@@ -40,7 +40,6 @@ __all__ = [
 
 MAX_BYTES = 2**31  # the largest matrix that is built: 16,384 parameters in float64
 CHUNK_BYTES = 2**28  # the Jacobians held at once
-ESTIMATORS = ("exact", "sampled", "probe", "empirical", "argmax")
 
 
 def blocks(model: nn.Module, by: str = "parameter") -> dict[str, slice]:
@@ -258,6 +257,7 @@ def score_columns(
     Raises:
         ValueError: an unknown estimator.
     """
+    check_estimator(estimator)
     p = logits.detach().softmax(-1)
     n, classes = p.shape
     place = generator.device if generator is not None else p.device
@@ -272,8 +272,6 @@ def score_columns(
         labels = torch.multinomial(p.to(place), 1, generator=generator).squeeze(1).to(p.device)
     elif estimator == "argmax":
         labels = p.argmax(1)
-    elif estimator != "empirical":
-        raise ValueError(f"Unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}.")
     return _label_minus_p(labels, p).unsqueeze(0)
 
 
@@ -362,7 +360,7 @@ def whole(y: Tensor, x: Tensor) -> Tensor:
 
 def _logits(logits_of, theta: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
     logits = check(logits_of(theta, x), len(x), y)
-    check_alone(lambda one: logits_of(theta, one), x, logits)
+    run_alone(lambda one: logits_of(theta, one), x[:1], logits[:1])
     logits_of.check_weights(x[:1])
     return logits
 
@@ -391,22 +389,6 @@ def check_differentiable(logits: Tensor) -> Tensor:
     if not logits.requires_grad:
         raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
     return logits
-
-
-def check_alone(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> None:
-    """Refuses a model that finds other logits for the first example of x when it is run alone."""
-    among = logits[:1].detach()
-    try:
-        alone = model(x[:1].clone()).detach()
-    except Exception as error:
-        raise ValueError(f"The model fails on one example alone, so it has no curvature per one: {error}") from error
-    # Inputs of half precision: so are the first layers, and their rounding depends on the size of the batch.
-    tolerance = max(TOLERANCE.get(t.dtype, 0.2) for t in (x, among) if t.is_floating_point())
-    if alone.shape != among.shape or torch.dist(alone, among) > tolerance * among.norm():
-        raise ValueError(
-            "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
-            "normalisation without running statistics?) or is random in eval mode, so it has no curvature per example."
-        )
 
 
 def check_reached(found: Tensor, value: Tensor, parameters: list[nn.Parameter]) -> None:

@@ -60,10 +60,7 @@ class EWC:
             ValueError: a strength that is negative or not finite, an unknown estimator or kind of anchors, a decay
                 outside 0 to 1.
         """
-        if estimator not in _fisher.ESTIMATORS:
-            raise ValueError(
-                f"Unknown estimator {estimator!r}; choose one of {', '.join(map(repr, _fisher.ESTIMATORS))}."
-            )
+        _fisher.check_estimator(estimator)
         if anchors not in ANCHORS:
             raise ValueError(f'Unknown anchors {anchors!r}; choose "latest" or "each".')
         if not 0.0 <= decay <= 1.0:
@@ -86,7 +83,7 @@ class EWC:
     def strength(self, value: float) -> None:
         value = float(value)
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"strength is the λ of (λ/2) F (θ − θ*)²: a finite number, at least 0; got {value!r}.")
+            raise ValueError(f"strength is the λ of the penalty: a finite number, at least 0; got {value!r}.")
         self._strength = value
 
     @torch.inference_mode(False)  # a tensor made in that mode would be of no use for training

@@ -89,8 +89,7 @@ def diagonal(
         Martens, Sutskever and Swersky, *Estimating the Hessian by back-propagating curvature*, 2012. Squares from
         inputs and backpropagated vectors: Dangel, Kunstner and Hennig, *BackPACK: packing more into backprop*, 2020.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"Unknown estimator {estimator!r}; choose one of {', '.join(map(repr, ESTIMATORS))}.")
+    check_estimator(estimator)
     if not 0.0 <= tolerance < 1.0:
         raise ValueError(f"tolerance is a share of the trace, at least 0 and below 1; got {tolerance!r}.")
     if tolerance and estimator != "exact":
@@ -117,6 +116,11 @@ def diagonal(
                 bar.update(len(softmax.z))
             engine.count += len(x)
         return _mean(engine)
+
+
+def check_estimator(name: str) -> None:
+    if name not in ESTIMATORS:
+        raise ValueError(f"Unknown estimator {name!r}; choose one of {', '.join(map(repr, ESTIMATORS))}.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -22,9 +21,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc._layers import to_model
-from ewc.elastic import nothing
-from ewc.fisher import _add_over_processes, _untouched, class_index, unwrap
+from ewc._layers import run_alone, to_model
+from ewc.elastic import EWC, nothing
+from ewc.fisher import _add_over_processes, _untouched, check_estimator, class_index, unwrap
 
 __all__ = ["KFAC", "Factors", "factors"]
 
@@ -119,7 +118,7 @@ def factors(
             with _recorded(layers) as records:  # and on a copy, as some models write into their input
                 logits = curvature.check_differentiable(curvature.check(model(x.clone()), len(x), y))
             if not counts[0]:
-                curvature.check_alone(model, x, logits)
+                run_alone(model, x[:1].clone(), logits[:1])
             outputs = [_one_output(name, layers[name], records[name]) for name in layers]
             inputs = [_rows(name, layers[name], records[name][0][0], len(x), setting) for name in layers]
             if classes is not None:
@@ -154,15 +153,7 @@ def factors(
 
 def _exactly(method: Callable) -> Callable:
     """The method without autocast, which would round its products to half precision."""
-
-    @wraps(method)
-    def run(*given, **named):
-        if not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-            return method(*given, **named)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return method(*given, **named)
-
-    return run
+    return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(method))
 
 
 class KFAC:
@@ -221,10 +212,7 @@ class KFAC:
         Raises:
             ValueError: a strength that is negative or not finite, or an unknown estimator, setting or way to keep.
         """
-        if estimator not in curvature.ESTIMATORS:
-            raise ValueError(
-                f"Unknown estimator {estimator!r}: use one of {', '.join(curvature.ESTIMATORS)}."
-            )
+        check_estimator(estimator)
         if setting not in SETTINGS:
             raise ValueError(f"Unknown setting {setting!r}: use 'expand' or 'reduce'.")
         if keep not in KEEP:
@@ -236,18 +224,7 @@ class KFAC:
         self.theta_star: dict[str, Tensor] = {}
         self._bases: dict = {}  # what `pull` derives from the factors
 
-    @property
-    def strength(self) -> float:
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        value = float(value)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(
-                f"strength is the λ of (λ/2) tr(GΔAΔᵀ): a finite number, at least 0; got {value!r}."
-            )
-        self._strength = value
+    strength = EWC.strength  # finite, at least 0
 
     @torch.inference_mode(False)  # a tensor made in that mode would be of no use for training
     def consolidate(
@@ -687,38 +664,28 @@ def _parts(layer: nn.Module, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]
 
 
 def _step(layer: nn.Module, name: str, step: float | Tensor | Mapping[str, Tensor]) -> float | Tensor:
-    """The step as a number or, if it differs between weights, as a matrix of the layer's shape.
-
-    A number stays where it is: to ask a tensor on a GPU for its value would stop the queue at every step.
-    """
+    """The step as a number or, if it differs between weights, as a matrix of the layer's shape."""
     prefix = f"{name}." if name else ""
     own = dict(layer.named_parameters(recurse=False))
-    if isinstance(step, Tensor) and not step.dim() and all(p.requires_grad for p in own.values()):
-        if step.is_cuda or (step.isfinite() and step >= 0):
-            return step
-    if not isinstance(step, Mapping) and not all(p.requires_grad for p in own.values()):
-        step = dict.fromkeys((prefix + key for key in own), float(step))  # what is frozen takes a step of its own: 0
-    if isinstance(step, Mapping):
+    if not isinstance(step, Mapping) and all(p.requires_grad for p in own.values()):
+        size = step.reshape(()) if isinstance(step, Tensor) else float(step)
+        # To ask a GPU for its value would stop the queue at every step.
+        sound = getattr(size, "is_cuda", False) or (math.isfinite(size) and size >= 0)
+    else:
+        spread = {}
         for key, p in own.items():
-            if p.requires_grad and prefix + key not in step:
+            s = (step.get(prefix + key) if isinstance(step, Mapping) else step) if p.requires_grad else 0.0
+            if s is None:
+                raise ValueError(f"step has no entry for {prefix + key!r}: give one for each parameter, or one number.")
+            if getattr(s, "shape", ()) not in ((), p.shape):
                 raise ValueError(
-                    f"step has no entry for {prefix + key!r}: give one for each parameter, or one number."
+                    f"The step of {prefix + key!r} has shape {tuple(s.shape)}, the parameter {tuple(p.shape)}: "
+                    "give one of this shape, or one number."
                 )
-            if p.requires_grad and getattr(step[prefix + key], "shape", ()) not in ((), p.shape):
-                raise ValueError(
-                    f"The step of {prefix + key!r} has shape {tuple(step[prefix + key].shape)}, the parameter "
-                    f"{tuple(p.shape)}: give one of this shape, or one number."
-                )
-        # The weight's type from the start: a plain number would pass through float32.
-        spread = {
-            key: torch.as_tensor(step[prefix + key] if p.requires_grad else 0.0, dtype=p.dtype, device=p.device).expand_as(p)
-            for key, p in own.items()
-        }
+            # The weight's type from the start: a plain number would pass through float32.
+            spread[key] = torch.as_tensor(s, dtype=p.dtype, device=p.device).expand_as(p)
         size = _joined(spread["weight"], spread.get("bias"))
         sound = bool(size.isfinite().all() and (size >= 0).all())
-    else:
-        size = float(step)
-        sound = math.isfinite(size) and size >= 0
     if not sound:
         raise ValueError(f"step is a learning rate: finite and at least 0; got {step!r}.")
     return size

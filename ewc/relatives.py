@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc._layers import recurrent, to_model
+from ewc._layers import recurrent, run_alone, to_model
 from ewc.elastic import EWC
 from ewc.fisher import _add_over_processes, _untouched, class_index, unwrap
 
@@ -290,7 +290,7 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
                     several = model(x[:16].clone())  # some models write into their input
                 if not isinstance(several, Tensor):
                     raise ValueError(f"The model returned a {type(several).__name__}: it must return one tensor.")
-                curvature.check_alone(model, x[:16], several)
+                run_alone(model, x[:1].clone(), several[:1])
                 alone = grad(size)(trainable, x[0])
                 own = [p for name, p in model.named_parameters() if name in trainable]
                 value = _chosen(model(x[:1].clone()), classes).square().sum()

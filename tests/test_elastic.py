@@ -1243,7 +1243,7 @@ def test_a_pull_of_layers_in_several_precisions():
             return self[1](torch.tanh(self[0](x.float())).double())
 
     torch.manual_seed(0)
-    model, (x, y) = Mixed(nn.Linear(4, 5), nn.Linear(5, 3).double()), data()
+    model, (_, y) = Mixed(nn.Linear(4, 5), nn.Linear(5, 3).double()), data()
     memory = EWC(7.0)
     memory.consolidate(model, (torch.randn(12, 4), y))
     move(model)
