@@ -72,7 +72,7 @@ def to_model(x: Tensor, model: nn.Module) -> Tensor:
     with torch.no_grad():
         for kind in (x.dtype, *kinds):
             try:
-                model(x[:1].to(kind, copy=True))
+                model(x[:REHEARSED].to(kind, copy=True))
             except Exception:  # the first pass will tell, if no precision is right
                 continue
             return x.to(kind)
@@ -109,7 +109,8 @@ def run_alone(model: Callable[[Tensor], Tensor], x: Tensor, among: Tensor | None
         return logits
     # Inputs of half precision: so are the first layers, and their rounding depends on the size of the batch.
     tolerance = max(TOLERANCE.get(t.dtype, 0.2) for t in (x, among) if t.is_floating_point())
-    if logits.shape != among.shape or torch.dist(logits.detach(), among.detach()) > tolerance * among.norm():
+    known = among.isfinite()  # masked classes have -inf
+    if logits.shape != among.shape or not torch.dist(logits[known], among[known]) <= tolerance * among[known].norm():
         raise ValueError(
             "The logits of an example change when it is run alone: the model mixes the examples of a batch (batch "
             "normalisation without running statistics? examples not on the first axis?) or is random in eval mode, so "
@@ -216,6 +217,11 @@ class Engine:
                     f"Parameter {name!r} is complex; the Fisher information is of real weights. Store its real and "
                     "imaginary parts (torch.view_as_real) as the parameter."
                 )
+            if p.is_inference():
+                raise ValueError(
+                    f"Parameter {name!r} was made in inference mode, so that autograd has no gradient for it; make or "
+                    "load the model outside that mode."
+                )
         for name, layer in model.named_modules():
             if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
                 raise ValueError(f"Layer {name!r} has max_norm, which changes its weights in every forward pass.")
@@ -246,7 +252,7 @@ class Engine:
             with torch.enable_grad():  # without a graph there are no calls to measure
                 _, calls = record(self.model, x[:REHEARSED].clone(), self.names)
             size = numbers_of_one(x[:REHEARSED], calls)
-            self.batch_size = max(1, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
+            self.batch_size = max(REHEARSED, min(self.largest_batch, 4 * self.budget // size)) if calls else 256
         return self.batch_size
 
     def forward(self, x: Tensor) -> Tensor:

@@ -379,9 +379,10 @@ class EWC:
 
 
 def nothing(model: nn.Module) -> Tensor:
-    """The penalty before the first task: zero, with a gradient of zero, so that a loop can treat all tasks alike."""
-    first = next((p for p in model.parameters() if p.requires_grad), torch.zeros(()))
-    return first.flatten()[:0].sum()
+    """The penalty before the first task: zero, of which a loop may ask for a gradient as of any other; no weight has one."""
+    first = next(model.parameters(), torch.zeros(()))
+    graph = torch.compiler.is_compiling()  # in whose graph nothing can be made that asks for a gradient
+    return torch.zeros((), device=first.device, dtype=first.dtype, requires_grad=not graph)
 
 
 class _Quadratic(torch.autograd.Function):

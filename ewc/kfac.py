@@ -668,6 +668,8 @@ def _step(layer: nn.Module, name: str, step: float | Tensor | Mapping[str, Tenso
     prefix = f"{name}." if name else ""
     own = dict(layer.named_parameters(recurse=False))
     if not isinstance(step, Mapping) and all(p.requires_grad for p in own.values()):
+        if isinstance(step, Tensor) and step.numel() != 1:
+            raise ValueError(f"step has shape {tuple(step.shape)}: give one number, or a mapping with one for each parameter.")
         size = step.reshape(()) if isinstance(step, Tensor) else float(step)
         # To ask a GPU for its value would stop the queue at every step.
         sound = getattr(size, "is_cuda", False) or (math.isfinite(size) and size >= 0)

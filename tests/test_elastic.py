@@ -1251,3 +1251,18 @@ def test_a_pull_of_layers_in_several_precisions():
     memory.pull(model, 0.1)
     for p, old, f, star in zip(model.parameters(), before, memory.fisher.values(), memory.theta_star.values()):
         torch.testing.assert_close(p.detach(), ((old + 0.7 * f * star) / (1 + 0.7 * f)).to(p.dtype))
+
+
+def test_before_the_first_task_a_step_is_compiled_and_transformed():
+    model, memory = network(), EWC(10.0)
+    x, _ = data()
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).sum() + memory.penalty(model)
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    expected = torch.func.grad(loss)(parameters)
+    compiled = torch.compile(lambda: model(x).sum() + memory.penalty(model), backend="aot_eager", fullgraph=True)
+    compiled().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])

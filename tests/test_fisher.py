@@ -1808,14 +1808,14 @@ def test_a_square_table_and_categories_without_a_second_axis(x):
         torch.testing.assert_close(value, brute_force(model, x, y)[name])
 
 
-def test_examples_in_one_pass_follow_the_memory_down_to_one():
+def test_examples_in_one_pass_follow_the_memory_down_to_two():
     model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)), torch.randn(40, 1, 8, 8)
     found = []
     for budget in (10, 10_000, _layers.BUDGET):
         engine = _layers.Engine(model)
         engine.budget = budget
         found.append(engine.examples_at_once(x))
-    assert found[0] == 1 < found[1] < found[2]
+    assert found[0] == 2 < found[1] < found[2]  # with one alone no mixing of examples would show
 
 
 def test_one_small_parameter_by_torch_func_keeps_to_the_budget(monkeypatch):
@@ -1917,3 +1917,27 @@ def test_labels_of_dense_prediction_out_of_range_say_how_to_leave_positions_out(
     model, x = nn.Conv1d(2, 3, 1), torch.randn(4, 2, 5)
     with pytest.raises(ValueError, match="or be -100 at positions that do not count"):
         fisher.diagonal(model, (x, torch.full((4, 5), 255)))
+
+
+def test_large_examples_are_not_mixed_unseen(monkeypatch):
+    monkeypatch.setattr(_layers, "BUDGET", 10)
+    model = Lambda(lambda self, x: self.layer(x - x.mean(0)), layer=nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="mixes the examples"):
+        fisher.diagonal(model, (torch.randn(6, 4), torch.randint(3, (6,))))
+
+
+def test_mixing_shows_beside_masked_classes():
+    class Centred(nn.Linear):
+        def forward(self, x):
+            z = super().forward(x)
+            return (z - z.mean(0)).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+    with pytest.raises(ValueError, match="mixes the examples"):
+        fisher.diagonal(Centred(4, 3), (torch.randn(6, 4), torch.tensor([0, 2] * 3)), classes=[0, 2])
+
+
+def test_a_parameter_without_gradients_by_birth_is_refused():
+    with torch.inference_mode():
+        layer = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="'0.weight' was made in inference mode"):
+        fisher.diagonal(nn.Sequential(layer, nn.Linear(3, 3)), (torch.randn(6, 4), torch.randint(3, (6,))))

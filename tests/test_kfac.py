@@ -1313,4 +1313,7 @@ def test_the_penalty_before_the_first_task_has_a_gradient_of_zero():
     penalty = memory.penalty(model)
     penalty.backward()
     assert penalty.item() == 0.0
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="step has shape .4, 3.: give one number"):
+        memory.consolidate(model, (torch.randn(8, 3), torch.randint(CLASSES, (8,))))
+        memory.pull(model, torch.ones(4, 3))
