@@ -45,7 +45,7 @@ def identity_of(tasks: Sequence[Task], seeds, memories, keep_moments: bool, opti
                 "test examples": [len(t.test) for t in tasks], "seed": [int(s) for s in seeds],
                 "memory given": [m is not None for m in memories], "keep_moments": bool(keep_moments)}
     for i, task in enumerate(tasks):
-        identity |= {f"heads of task {i}": str(task.heads)}
+        identity[f"heads of task {i}"] = str(task.heads)
         for what, part in (("training", task.train), ("test", task.test)):
             labels = part.tensors[1].detach().long().cpu().contiguous()  # images differ in their last digits by device
             identity[f"checksum of the {what} labels of task {i}"] = zlib.crc32(labels.numpy())

@@ -61,22 +61,33 @@ def numbers_of_one(x: Tensor, calls: list[Call]) -> int:
     return (x.numel() + sum(c.input.numel() * k + c.shape.numel() for c, k in zip(calls, kernel))) // len(x)
 
 
-def to_model(x: Tensor, model: nn.Module) -> Tensor:
-    """Inputs on the model's device and, if they are floating-point numbers, in a precision that it takes: that of the
-    data if it can, else one of its parameters', which do not say what the first layer is."""
-    x = x.to(next(model.parameters()).device)
-    x = x.clone() if x.is_inference() else x  # autograd keeps no tensor that was made in that mode
+def entrance(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Brings inputs to the model's device and, if they are floating-point numbers, to a precision that it takes: that of
+    the data if it can, else one of its parameters', which do not say what the first layer is."""
+    device = next(model.parameters()).device
     kinds = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()))
-    if not x.is_floating_point() or kinds == [x.dtype]:
-        return x
-    with torch.no_grad():
-        for kind in (x.dtype, *kinds):
-            try:
-                model(x[:REHEARSED].to(kind, copy=True))
-            except Exception:  # the first pass will tell, if no precision is right
-                continue
-            return x.to(kind)
-    return x.to(kinds[0])
+    found: dict[torch.dtype, torch.dtype] = {kind: kind for kind in kinds} if len(kinds) == 1 else {}
+
+    def taken(x: Tensor) -> torch.dtype:
+        with torch.no_grad():
+            for kind in (x.dtype, *kinds):
+                try:
+                    model(x[:REHEARSED].to(kind, copy=True))
+                except Exception:  # the first pass will tell, if no precision is right
+                    continue
+                return kind
+        return kinds[0]
+
+    def enter(x: Tensor) -> Tensor:
+        x = x.to(device)
+        x = x.clone() if x.is_inference() else x  # autograd keeps no tensor that was made in that mode
+        if not x.is_floating_point():
+            return x
+        if x.dtype not in found:
+            found[x.dtype] = taken(x)
+        return x.to(found[x.dtype])
+
+    return enter
 
 
 def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
@@ -97,6 +108,12 @@ def places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
 def recurrent(model: nn.Module) -> bool:
     """Whether there is a layer that writes in place into states, which vmap takes for shared unless weights are batched."""
     return any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+
+
+def check_differentiable(logits: Tensor) -> Tensor:
+    if not logits.requires_grad:
+        raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
+    return logits
 
 
 def run_alone(model: Callable[[Tensor], Tensor], x: Tensor, among: Tensor | None = None) -> Tensor:
@@ -275,8 +292,7 @@ class Engine:
         self.x = self.z = self.calls = None
         if not len(vectors):  # nothing but padding
             return
-        if not z.requires_grad:
-            raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
+        check_differentiable(z)
         owners, used, in_place = closed_calls(z, calls, self.names)
         size = numbers_of_one(x, calls)
         owners = {name: own for name, own in owners.items() if name not in self.refused}
@@ -425,7 +441,7 @@ class Engine:
         owners, *_ = closed_calls(z, calls, self.names)
         fast = self._closed({n: own for n, own in owners.items() if n not in self.refused}, z, v)
         truth = self._one_by_one(list(self.wanted), x, v, z.detach())
-        wrong, size = self._compared(fast, truth, lambda twin: twin._rehearse(to_model(x, twin.model)))
+        wrong, size = self._compared(fast, truth, lambda twin: twin._rehearse(entrance(twin.model)(x)))
         self.refused |= wrong
         for name in fast.keys() - self.refused:
             if size[name]:  # zeros prove nothing: look again at the next chunk
@@ -440,7 +456,7 @@ class Engine:
         v = self._noise(record(self.model, x.clone(), {})[0].detach(), 3)
         truth = self._one_by_one(list(self.wanted), x, v)  # all: a gradient of rounding is judged against the others
         found = self._per_example(names, x, v, 1)
-        wrong, size = self._compared(found, truth, lambda twin: twin._rehearse_func(names, to_model(x, twin.model)))
+        wrong, size = self._compared(found, truth, lambda twin: twin._rehearse_func(names, entrance(twin.model)(x)))
         self.looped |= wrong
         self.proven |= {(name, shape) for name in found.keys() - self.looped if size[name]}
         return self.looped

@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from ewc._layers import TOLERANCE, places, run_alone, to_model
-from ewc.fisher import _blocks, _length, _progress, _untouched, check_estimator, unwrap
+from ewc._layers import TOLERANCE, check_differentiable, entrance, places, run_alone
+from ewc.fisher import _blocks, _check_estimator, _length, _progress, _untouched, unwrap
 
 __all__ = [
     "blocks",
@@ -104,7 +104,7 @@ def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
     """
     with _untouched(unwrap(model)):
         theta, logits_of = _flat(model)
-        x = to_model(inputs, unwrap(model))
+        x = entrance(unwrap(model))(inputs)
         logits = _logits(logits_of, theta, x)
         _check_size(logits.numel() * len(theta), theta, f"The Jacobian of {len(x)} examples")
         return _jacobian(logits_of, theta, x)
@@ -257,7 +257,7 @@ def score_columns(
     Raises:
         ValueError: an unknown estimator.
     """
-    check_estimator(estimator)
+    _check_estimator(estimator)
     p = logits.detach().softmax(-1)
     n, classes = p.shape
     place = generator.device if generator is not None else p.device
@@ -346,7 +346,7 @@ def collect(data, model: nn.Module) -> tuple[Tensor, Tensor]:
     if not pairs:
         raise ValueError("The data holds no example: at least one is needed.")
     x, y = (torch.cat(parts) for parts in zip(*pairs))
-    x = to_model(x, unwrap(model))
+    x = entrance(unwrap(model))(x)
     return x, whole(y, x)
 
 
@@ -382,12 +382,6 @@ def check(logits: Tensor, examples: int, y: Tensor | None = None) -> Tensor:
         )
     if not logits.isfinite().all():
         raise ValueError("The model's logits are not finite: check its weights and the scale of the inputs.")
-    return logits
-
-
-def check_differentiable(logits: Tensor) -> Tensor:
-    if not logits.requires_grad:
-        raise ValueError("The logits do not depend on any parameter that requires a gradient (is there a no_grad?).")
     return logits
 
 

@@ -60,7 +60,7 @@ class EWC:
             ValueError: a strength that is negative or not finite, an unknown estimator or kind of anchors, a decay
                 outside 0 to 1.
         """
-        _fisher.check_estimator(estimator)
+        _fisher._check_estimator(estimator)
         if anchors not in ANCHORS:
             raise ValueError(f'Unknown anchors {anchors!r}; choose "latest" or "each".')
         if not 0.0 <= decay <= 1.0:
@@ -182,7 +182,7 @@ class EWC:
         """
         model = _fisher.unwrap(model)
         if not self.tasks:
-            return nothing(model)
+            return _nothing(model)
         parameters, match = self._beside(model)
         return self.strength * (_Quadratic.apply(*match.fisher, *match.star, *parameters) + self.constant)
 
@@ -378,7 +378,7 @@ class EWC:
         return found
 
 
-def nothing(model: nn.Module) -> Tensor:
+def _nothing(model: nn.Module) -> Tensor:
     """The penalty before the first task: zero, of which a loop may ask for a gradient as of any other; no weight has one."""
     first = next(model.parameters(), torch.zeros(()))
     graph = torch.compiler.is_compiling()  # in whose graph nothing can be made that asks for a gradient

@@ -89,7 +89,7 @@ def diagonal(
         Martens, Sutskever and Swersky, *Estimating the Hessian by back-propagating curvature*, 2012. Squares from
         inputs and backpropagated vectors: Dangel, Kunstner and Hennig, *BackPACK: packing more into backprop*, 2020.
     """
-    check_estimator(estimator)
+    _check_estimator(estimator)
     if not 0.0 <= tolerance < 1.0:
         raise ValueError(f"tolerance is a share of the trace, at least 0 and below 1; got {tolerance!r}.")
     if tolerance and estimator != "exact":
@@ -100,9 +100,10 @@ def diagonal(
     model = unwrap(model)
     with _untouched(model), _progress("Fisher", _length(data), "examples") as bar:
         engine = _layers.Engine(model, batch_size)
+        enter = _layers.entrance(model)
         for x, y in _blocks(data):
             # Labels as long integers: an unsigned 156 would be equal to -100.
-            x, y = _layers.to_model(x, model), y.to(engine.device, None if y.is_floating_point() else torch.long)
+            x, y = enter(x), y.to(engine.device, None if y.is_floating_point() else torch.long)
             shortlist = None
             if tolerance:
                 shortlist = _Shortlist(engine, x, y, classes, tolerance)
@@ -118,7 +119,7 @@ def diagonal(
         return _mean(engine)
 
 
-def check_estimator(name: str) -> None:
+def _check_estimator(name: str) -> None:
     if name not in ESTIMATORS:
         raise ValueError(f"Unknown estimator {name!r}; choose one of {', '.join(map(repr, ESTIMATORS))}.")
 
@@ -434,8 +435,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 for key, buffer in buffers.items():
                     module._buffers[key] = buffer
                 continue
-            vars(module).clear()  # what the forward pass left there, too: caches and whether they are filled
-            vars(module).update(attributes)
+            _put_back([(module, attributes)])  # what the forward pass left there, too: caches and whether they are filled
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
@@ -445,7 +445,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module's own mode, and what a `train` of its own had set."""
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -454,11 +454,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         _evaluate(modules)
         yield
     finally:
-        for module, values in attributes:
-            vars(module).clear()
-            vars(module).update(values)
+        _put_back(attributes)
         for module, mode in modes:
             module.training = mode
+
+
+def _put_back(attributes: list[tuple[nn.Module, dict]]) -> None:
+    for module, values in attributes:
+        vars(module).clear()
+        vars(module).update(values)
 
 
 def _with_own_train(modules: list[nn.Module]) -> list[nn.Module]:
@@ -476,9 +480,7 @@ def _evaluate(modules: list[nn.Module]) -> None:
         if not all(torch.equal(p, before) for p, before in weights):
             for p, before in weights:
                 p.data.copy_(before)
-            for m, values in attributes:
-                vars(m).clear()
-                vars(m).update(values)
+            _put_back(attributes)
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc._layers import run_alone, to_model
-from ewc.elastic import EWC, nothing
-from ewc.fisher import _add_over_processes, _untouched, check_estimator, class_index, unwrap
+from ewc._layers import check_differentiable, entrance, run_alone
+from ewc.elastic import EWC, _nothing
+from ewc.fisher import _add_over_processes, _check_estimator, _untouched, class_index, unwrap
 
 __all__ = ["KFAC", "Factors", "factors"]
 
@@ -113,10 +113,11 @@ def factors(
     # Examples, then each layer's rows; counted on the host, so that no batch has to wait for the device.
     counts = torch.zeros(1 + len(layers), dtype=kind)
     with _untouched(model), _uncompiled(model):
+        enter = entrance(model)
         for x, y in curvature.batches(data, batch_size):
-            x, y = to_model(x, model), curvature.whole(y, weight)
+            x, y = enter(x), curvature.whole(y, weight)
             with _recorded(layers) as records:  # and on a copy, as some models write into their input
-                logits = curvature.check_differentiable(curvature.check(model(x.clone()), len(x), y))
+                logits = check_differentiable(curvature.check(model(x.clone()), len(x), y))
             if not counts[0]:
                 run_alone(model, x[:1].clone(), logits[:1])
             outputs = [_one_output(name, layers[name], records[name]) for name in layers]
@@ -212,7 +213,7 @@ class KFAC:
         Raises:
             ValueError: a strength that is negative or not finite, or an unknown estimator, setting or way to keep.
         """
-        check_estimator(estimator)
+        _check_estimator(estimator)
         if setting not in SETTINGS:
             raise ValueError(f"Unknown setting {setting!r}: use 'expand' or 'reduce'.")
         if keep not in KEEP:
@@ -287,7 +288,7 @@ class KFAC:
         Implements: eq-kfac-penalty
         """
         model = unwrap(model)
-        total = nothing(model)
+        total = _nothing(model)
         for name, layer in self._layers(model).items():
             delta = _matrix(layer) - self._anchor(name)
             total = total + (delta * self._curved(name, delta)).sum()

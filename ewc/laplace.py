@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc._layers import to_model
+from ewc._layers import entrance
 from ewc.fisher import _untouched, unwrap
 
 __all__ = ["Laplace", "fit", "network", "predict"]
@@ -295,7 +295,7 @@ def predict(
         )
     with _untouched(model), torch.no_grad():  # the products, too, in full precision
         J = curvature.jacobian(model, inputs)
-        logits = model(to_model(inputs, model).clone())
+        logits = model(entrance(model)(inputs).clone())
         if method == "probit":
             covariance = J @ posterior.covariance @ J.mT
             variance = covariance.diagonal(dim1=1, dim2=2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ewc.fisher import IGNORED, class_index, evaluating
+from ewc.fisher import IGNORED, _evaluating, class_index
 from ewc.tasks import Task
 
 
@@ -57,7 +57,7 @@ def accuracy(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size!r}.")
     hits, elsewhere = 0, None
-    with evaluating(model):
+    with _evaluating(model):
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(images)
             if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != labels.shape:

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, Dataset
 
 from ewc import curvature
-from ewc._layers import recurrent, run_alone, to_model
+from ewc._layers import entrance, recurrent, run_alone
 from ewc.elastic import EWC
 from ewc.fisher import _add_over_processes, _untouched, class_index, unwrap
 
@@ -283,8 +283,9 @@ def _sensitivity(model: nn.Module, data, classes: Sequence[int] | None) -> dict[
     batched = recurrent(model)
     several = None
     with _untouched(model):
+        enter = entrance(model)
         for x, _ in curvature.batches(data, max(16, chunk)):
-            x = to_model(x, model)
+            x = enter(x)
             if several is None:  # once: do the first few examples come out as they do alone?
                 with torch.no_grad():
                     several = model(x[:16].clone())  # some models write into their input

@@ -26,7 +26,7 @@ from . import _checkpoint, curvature
 from ._layers import recurrent
 from ._memories import Kronecker, Single, Stacked
 from .elastic import EWC
-from .fisher import IGNORED, _add_over_processes, _distributed, _progress, evaluating, unwrap
+from .fisher import IGNORED, _add_over_processes, _distributed, _evaluating, _progress, unwrap
 from .kfac import KFAC
 from .metrics import _right, accuracy
 from .relatives import SynapticIntelligence
@@ -271,7 +271,7 @@ def sweep(
 
     def evaluate() -> list[dict[str, float]]:
         rows = [{} for _ in models]
-        with evaluating(base), torch.no_grad():
+        with _evaluating(base), torch.no_grad():
             for t in watch:
                 xt, yt = t.test.tensors
                 hits = sum(_right(t.masked(logits(a, None), b), b).sum(1)
@@ -328,9 +328,9 @@ def run(
         memory: the memory of the run, or a list of R of them; None for plain fine-tuning.
         checkpoint: a file that keeps the state after each finished task. If it exists, the run goes
             on after the last task in it and ends with the same numbers as if it had never stopped (with dropout or
-            drawn labels under ``torchrun``: in as many processes; a generator that a memory was given is not kept). It belongs to the tasks' names,
-            sizes, heads and labels, the seed, the options and the memory's options; of the networks only the shapes are
-            compared.
+            drawn labels under ``torchrun``: in as many processes; a generator that a memory was given is not kept). It
+            belongs to the tasks' names, sizes, heads and labels, the seed, the options and the memory's options; of the
+            networks only the shapes are compared.
         seed: fixes the order of the examples; one for each model.
         keep_moments: carry the optimiser's running means from task to task; False starts each task afresh.
         **options: passed to `fit` or `sweep`.
@@ -363,11 +363,11 @@ def run(
         _check_data(task, "test", task.test)
     heads = [task.head if any(m is not None for m in memories) else None for task in tasks]  # one each, or refused
     chosen = {name: p.default for name, p in inspect.signature(fit).parameters.items()} | options
-    identity = _checkpoint.identity_of(tasks, seeds, memories, keep_moments, chosen)
     matrix = torch.full((len(models), len(tasks), len(tasks)), math.nan, dtype=torch.float64)
     moments = {} if keep_moments else None
     done = 0
     path = None if checkpoint is None else Path(checkpoint)
+    identity = _checkpoint.identity_of(tasks, seeds, memories, keep_moments, chosen) if path else {}
     if path and path.is_file():
         done = _checkpoint.restore(path, identity, models, memories, matrix, moments, tasks[0].device)
         for keep in memories:
@@ -651,7 +651,7 @@ def _idle(model: nn.Module, x: Tensor) -> bool:
     """Has a weight that is trained no part in the output, such as one of a head that is not in use?"""
     weights = [p for p in model.parameters() if p.requires_grad]
     try:
-        with evaluating(model), torch.enable_grad():
+        with _evaluating(model), torch.enable_grad():
             return any(g is None for g in torch.autograd.grad(model(x[:2]).sum(), weights, allow_unused=True))
     except Exception:  # one that asks for more examples, or for training mode: to say yes only costs a walk
         return True
@@ -679,7 +679,7 @@ def _check(model: nn.Module, task: Task, watch: Sequence[Task] = (), positions: 
         raise ValueError(f"watch needs tasks of different names, under which it records their accuracies; got {names}.")
     x = task.train.tensors[0][:2]
     model = unwrap(model.to(x.device))
-    with evaluating(model), torch.no_grad():
+    with _evaluating(model), torch.no_grad():
         try:
             logits = model(x)
         except Exception:  # a model that asks for more examples, or for training mode; the training will tell
